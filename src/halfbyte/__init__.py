@@ -1,1 +1,50 @@
-"""halfbyte."""
+"""halfbyte: large Hugging Face models in 4-bit NF4, and what it cost, measured.
+
+    plan       what would become of every tensor, and why        halfbyte.plan(source)
+    quantize   write the NF4 checkpoint                           halfbyte.quantize(source, out)
+    verify     prove it, tensor by tensor                         halfbyte.verify(out, source=source)
+    generate   ask it something, through stock transformers       halfbyte.generate(out, "Name three primary colors.")
+    card       write its model card from the records              halfbyte.card(out)
+    push       upload it                                          halfbyte.push(out, "org/name")
+
+Each is a command of the same name with the same parameters. Importing this package imports nothing heavy: a name is
+resolved when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.cards import card, push
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.quantizer.job import quantize
+    from halfbyte.recipe.decisions import Decision, Plan
+    from halfbyte.recipe.survey import plan
+    from halfbyte.runtime.generate import generate
+    from halfbyte.verifier import verify
+
+__all__ = ["Decision", "HalfbyteError", "Plan", "card", "generate", "plan", "push", "quantize", "verify"]
+
+_HOME = {
+    "Decision": "halfbyte.recipe.decisions",
+    "HalfbyteError": "halfbyte.errors",
+    "Plan": "halfbyte.recipe.decisions",
+    "card": "halfbyte.cards",
+    "generate": "halfbyte.runtime.generate",
+    "plan": "halfbyte.recipe.survey",
+    "push": "halfbyte.cards",
+    "quantize": "halfbyte.quantizer.job",
+    "verify": "halfbyte.verifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,63 @@
+"""`halfbyte generate OUT --prompt ... [--image FILE ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.show import print_json
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint that transformers can load.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file to show first; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
+    do_sample: Annotated[bool | None, typer.Option(help="Sample instead of greedy decoding.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sampling temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Least probability relative to the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.1, help="Above 1 discourages repetition.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    json: JSON_OPTION = False,
+) -> None:
+    """Answer one prompt through stock transformers, streaming tokens."""
+    from halfbyte.runtime.generate import generate
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    result = generate(
+        checkpoint,
+        prompt,
+        image=image or (),
+        device=device,
+        stream=None if json else show,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if json:
+        print_json(result)
+        return
+    rate = f"{result['tokens_per_second']} tokens/s" if result["tokens_per_second"] else "one token"
+    memory = result["peak_gpu_bytes"] or result["peak_rss_bytes"]
+    kind = "GPU" if result["peak_gpu_bytes"] else "RAM"
+    typer.echo("")
+    typer.echo(
+        f"{result['new_tokens']} tokens, first after {result['seconds_to_first_token']:.2f} s, then {rate}; "
+        f"peak {kind} {memory / 2**30:.2f} GiB",
+        err=True,
+    )

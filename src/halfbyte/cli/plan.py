@@ -1,0 +1,38 @@
+"""`halfbyte plan SRC`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.show import listen, print_json
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, .gguf file or hub id.")],
+    preset: Annotated[str, typer.Option(help="decoder-only, unsloth, or a TOML file.")] = "decoder-only",
+    card_gb: Annotated[float, typer.Option(min=0.1, help="Memory of the GPU to fit, in GB.")] = 24,
+    allow_disagreement: Annotated[
+        bool, typer.Option(help="Only show loaders that disagree, or refuse with exit code 2.")
+    ] = True,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor with its decision.")] = False,
+    json: JSON_OPTION = False,
+) -> None:
+    """Decide for every tensor, count, and check the skip list in every loader; no weights are read."""
+    from halfbyte.recipe.survey import plan
+
+    with listen():
+        made = plan(source, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement)
+    if json:
+        body = {"digest": made.digest, **made.summary, **made.to_dict()}
+        if not tensors:
+            del body["decisions"]
+        print_json(body)
+        return
+    from halfbyte.cli.plan_text import render
+
+    typer.echo(render(made.to_dict(), with_tensors=tensors))
+
+

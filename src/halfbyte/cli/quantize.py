@@ -1,0 +1,53 @@
+"""`halfbyte quantize SRC OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.show import listen, print_json
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file or hub id (org/name[@revision]).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted job there is continued.")],
+    preset: Annotated[str, typer.Option(help="decoder-only, unsloth, or a TOML file.")] = "decoder-only",
+    device: Annotated[str, typer.Option(help="Where the codec runs: cpu or cuda[:N]. The bytes are the same.")] = "cpu",
+    max_shard_size: Annotated[str, typer.Option(help="Largest shard, e.g. 5GB, 500MB, 4GiB.")] = "5GB",
+    allow_disagreement: Annotated[
+        bool, typer.Option("--allow-disagreement", help="Write a skip list that loaders read differently.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what halfbyte wrote in OUT before.")] = False,
+    json: JSON_OPTION = False,
+) -> None:
+    """Write the NF4 checkpoint: streamed, resumable, byte-identical however often it was interrupted."""
+    from halfbyte.quantizer.job import quantize
+
+    with listen():
+        record = quantize(
+            source,
+            out,
+            preset=preset,
+            device=device,
+            max_shard_size=max_shard_size,
+            allow_disagreement=allow_disagreement,
+            overwrite=overwrite,
+        )
+    if json:
+        print_json(record)
+        return
+    sizes, run = record["sizes"], record["run"]
+    nf4 = sum(tensor["action"] == "nf4" for tensor in record["tensors"].values())
+    typer.echo(f"{nf4} of {len(record['tensors'])} tensors are NF4, the rest is byte-identical to the source")
+    typer.echo(
+        f"{sizes['source_bytes'] / 2**30:.2f} GiB -> {sizes['output_bytes'] / 2**30:.2f} GiB in {len(record['files'])} file(s), "
+        f"{sizes['bits_per_weight']:.3f} bits a weight"
+    )
+    typer.echo(
+        f"{run['seconds']:.1f} s, {sizes['source_bytes'] / 1e9 / max(run['seconds'], 1e-9):.2f} GB/s of source, "
+        f"peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
+    )
+    typer.echo(f"next: halfbyte verify {out} --source {source}")

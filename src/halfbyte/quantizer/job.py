@@ -1,0 +1,289 @@
+"""`halfbyte quantize`: validate everything, then stream every tensor through the codec into shards.
+
+    open source -> plan -> lay out shards -> check place and room -> journal -> tensors -> companions -> config -> records
+
+Nothing is written before the plan, the skip list and the disk have been found good. After that the job may be killed at
+any byte: run again, it continues, and the result is byte-identical (see `journal`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import OutputError, UsageError
+from halfbyte.format.checkpoint import open_source
+from halfbyte.format.hf_config import check_unquantized
+from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
+from halfbyte.format.tensors import Source, TensorInfo
+from halfbyte.progress import note, track
+from halfbyte.quantizer import carry, target
+from halfbyte.quantizer.journal import Journal
+from halfbyte.quantizer.tensor_work import Stopped, TensorWork
+from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.records import digest, write_record
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    preset: str | Path = "decoder-only",
+    device: str = "cpu",
+    max_shard_size: str = "5GB",
+    allow_disagreement: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the NF4 checkpoint of `source` into the folder `out`; returns the quantize record.
+
+    source              folder, .gguf file or hub id
+    preset              `decoder-only`, `unsloth`, or the path of a TOML file
+    device              `cpu` or `cuda[:N]`: where the codec runs; the bytes are the same
+    max_shard_size      e.g. `5GB`, `500MB`, `4GiB`
+    allow_disagreement  write a skip list that loaders read differently
+    overwrite           replace a checkpoint or an unfinished job of halfbyte in `out`
+
+    Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model.
+    raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
+    """
+    from halfbyte.recipe.plan import make_plan
+
+    limit, out = parse_size(max_shard_size), Path(out)
+    check_device(device)
+    opened = open_source(source)
+    try:
+        check_unquantized(opened.config, opened.label)
+        target.check_place(opened, out)
+        plan = make_plan(opened.config, opened.tensors, preset=preset, allow_disagreement=allow_disagreement)
+        return Job(opened, out, plan, limit, device).run(overwrite=overwrite)
+    finally:
+        opened.close()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500 MB`, `4GiB` or a plain number; raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if not match or unit is None or (size := int(float(match.group(1)) * unit)) <= 0:
+        raise UsageError(f"{text!r} is not a size", where="--max-shard-size", todo="write it as 5GB, 500MB or 4GiB")
+    return size
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError unless `device` is `cpu` or a CUDA device that torch can use."""
+    if device == "cpu":
+        return
+    import torch
+
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"unknown device {device!r}", where="--device", todo="use cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError("torch sees no CUDA device", where=f"--device {device}", todo="use --device cpu: same bytes")
+
+
+@dataclass
+class Job:
+    """One run: the source, what was decided, and where it goes."""
+
+    source: Source
+    out: Path
+    plan: Plan
+    max_shard_bytes: int
+    device: str
+    shards: list[Shard] = field(init=False)
+    started: float = field(default_factory=time.perf_counter)
+    resumed: int = 0
+
+    def __post_init__(self) -> None:
+        groups = [outputs_of(d.name, d.dtype, d.shape, d.action, self.plan.blocksize) for d in self.plan.decisions]
+        self.shards = plan_shards(groups, self.max_shard_bytes)
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        """What makes two jobs the same: equal detail, equal bytes."""
+        files = sorted({info.file for info in self.source.tensors})
+        root = self.source.path if self.source.path.is_dir() else self.source.path.parent
+        stats = {name: (root / name).stat() for name in files}
+        return {
+            "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "config": digest(self.source.config),
+            "plan": self.plan.digest,
+            "layout": digest([[s.file, s.header_bytes, [[t.name, t.offset] for t in s.tensors]] for s in self.shards]),
+        }
+
+    def run(self, *, overwrite: bool) -> dict[str, Any]:
+        detail = self.detail
+        identity = digest(detail)
+        target.check_ours(self.out)
+        finished = target.finished_job(self.out)
+        if finished is not None:
+            if finished["job"] == identity and not overwrite:
+                note("already done: the same source, plan and layout are in place")
+                return finished
+            if not overwrite:
+                raise OutputError(
+                    "holds another finished checkpoint", where=str(self.out), todo="--overwrite, or another folder"
+                )
+        target.check_room(self.out, sum(t.nbytes for s in self.shards for t in (*s.tensors, *s.quant_states)))
+        if finished is not None:
+            target.remove_finished(self.out, finished)
+        journal = target.open_journal(self.out, identity, detail, overwrite=overwrite)
+        done = False
+        try:
+            self._stream(journal)
+            record = self._finish(journal, identity)
+            done = True
+            return record
+        finally:
+            journal.close(finished=done)
+
+    def _stream(self, journal: Journal) -> None:
+        """Write every shard that the journal does not prove finished."""
+        infos = {info.name: info for info in self.source.tensors}
+        total = sum(info.nbytes for info in infos.values())
+        cores = len(os.sched_getaffinity(0))
+        with track("quantize", total, "B") as advance, ThreadPoolExecutor(cores + 1, "halfbyte") as pool:
+            work = TensorWork(self.source, self.plan.blocksize, self.device, threading.Event(), advance)
+            decisions = {d.name: d for d in self.plan.decisions}
+            open_files: list[ShardFile] = []
+            futures: list[Future[Any]] = []
+            try:
+                for shard in self.shards:
+                    file, todo = self._resume(shard, journal)
+                    for name in (n for n in shard.owners if n not in todo):
+                        advance(infos[name].nbytes)
+                    if file is None:
+                        continue
+                    open_files.append(file)
+                    tasks = [pool.submit(_run_and_journal, work, infos[n], decisions[n], file, journal) for n in todo]
+                    futures += [*tasks, pool.submit(_close_shard, file, tasks, journal)]
+                _wait_all(futures)
+            finally:
+                work.stop.set()
+                for future in futures:
+                    future.cancel()
+                pool.shutdown(wait=True)
+                for file in open_files:
+                    file.close()
+
+    def _resume(self, shard: Shard, journal: Journal) -> tuple[ShardFile | None, list[str]]:
+        """The shard's file (None if it is finished) and the source tensors still to be written into it."""
+        final, entry = self.out / shard.file, journal.shards.get(shard.file)
+        if entry is not None and final.is_file() and hash_file(final) == entry["sha256"]:
+            self.resumed += len(shard.owners)
+            return None, []
+        part = journal.work / f"{shard.file}.part"
+        if final.is_file() and not part.exists():
+            final.replace(part)
+        fresh = not part.exists()
+        file = ShardFile(shard, journal.work, self.out)
+        todo = []
+        for name in shard.owners:
+            known = journal.tensors.get(name)
+            fixed = [t.name for t in shard.tensors if t.owner == name]
+            if fresh or known is None or file.digest_of(fixed) != known["output_sha256"]:
+                todo.append(name)
+        self.resumed += len(shard.owners) - len(todo)
+        return file, todo
+
+    def _finish(self, journal: Journal, identity: str) -> dict[str, Any]:
+        """Companions, index, config and records; returns the quantize record."""
+        states = {t.owner: journal.tensors[t.owner]["quant_state"] for s in self.shards for t in s.quant_states}
+        fixed = sum(t.nbytes for s in self.shards for t in s.tensors)
+        total = fixed + sum(len(state.encode()) for state in states.values())
+        companions = carry.carry_companions(self.source, self.out)
+        extra = carry.write_index_and_config(self.source, self.out, self.shards, total, self.plan.skip_modules)
+        write_record(self.out, "plan", self.plan.to_dict())
+        files = {s.file: {k: journal.shards[s.file][k] for k in ("sha256", "bytes")} for s in self.shards}
+        seconds = time.perf_counter() - self.started
+        actions = {d.name: d.action for d in self.plan.decisions}
+        path = write_record(
+            self.out,
+            "quantize",
+            {
+                "job": identity,
+                "plan_digest": self.plan.digest,
+                "weights_digest": digest({name: entry["sha256"] for name, entry in files.items()}),
+                "source": {
+                    "label": self.source.label,
+                    "kind": self.source.kind,
+                    "lineage": carry.lineage(self.source),
+                    "left_behind": getattr(self.source, "left_behind", list)(),
+                },
+                "files": files,
+                "companions": {**companions, **extra},
+                "tensors": {
+                    name: {"sha256": journal.tensors[name]["source_sha256"], "action": action}
+                    for name, action in actions.items()
+                },
+                "sizes": self._sizes(total),
+                "run": {
+                    "device": self.device,
+                    "cores": len(os.sched_getaffinity(0)),
+                    "seconds": round(seconds, 3),
+                    "resumed_tensors": self.resumed,
+                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_gpu_bytes": _peak_gpu(self.device),
+                },
+            },
+        )
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
+
+    def _sizes(self, total: int) -> dict[str, Any]:
+        """Bytes of tensor data before and after; weights counted once."""
+        weights = sum(info.numel for info in self.source.tensors)
+        source = sum(info.nbytes for info in self.source.tensors)
+        return {
+            "source_bytes": source,
+            "output_bytes": total,
+            "parameters": weights,
+            "bits_per_weight": round(8 * total / weights, 4) if weights else None,
+        }
+
+
+def _run_and_journal(work: TensorWork, info: TensorInfo, decision: Decision, file: ShardFile, journal: Journal) -> None:
+    journal.append(work.run(info, decision, file))
+
+
+def _close_shard(file: ShardFile, tasks: list[Future[None]], journal: Journal) -> None:
+    """Wait for the shard's tensors, then give it its final name. Submitted after them, so it cannot starve them."""
+    wait(tasks)
+    if any(_failed(task) for task in tasks):
+        return
+    states = {t.name: journal.tensors[t.owner]["quant_state"].encode() for t in file.shard.quant_states}
+    sha256 = file.finish(states)
+    journal.append({"shard": file.shard.file, "sha256": sha256, "bytes": file.final.stat().st_size})
+
+
+def _failed(task: Future[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _wait_all(futures: list[Future[Any]]) -> None:
+    """Wait for every future; the first failure (other than a worker told to stop) is raised."""
+    waiting = set(futures)
+    while waiting:
+        ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in ended:
+            if not future.cancelled() and (error := future.exception()) is not None and not isinstance(error, Stopped):
+                raise error
+
+
+def _peak_gpu(device: str) -> int | None:
+    """Peak bytes that torch held on the GPU, None on the CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))

@@ -1,0 +1,36 @@
+"""`halfbyte plan`: what quantizing would do to a source, from its headers and config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfbyte.format.checkpoint import open_source, read_config
+from halfbyte.format.hf_config import check_unquantized
+from halfbyte.recipe.decisions import Plan
+
+
+def plan(
+    source: str | Path, *, preset: str | Path = "decoder-only", card_gb: float = 24, allow_disagreement: bool = True
+) -> Plan:
+    """The plan of `source`; no weights are read.
+
+    source              folder, .gguf file, hub id, or a bare config.json (tensors are then what transformers would build)
+    preset              `decoder-only`, `unsloth`, or the path of a TOML file
+    card_gb             memory of the GPU to fit, in GB as printed on the box
+    allow_disagreement  False raises LoaderDisagreement if loaders read the skip list differently
+    """
+    from halfbyte.recipe.plan import make_plan
+
+    path = Path(source)
+    if path.is_file() and path.suffix == ".json":
+        config, tensors = read_config(path), None
+        check_unquantized(config, str(source))
+        return make_plan(config, tensors, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement)
+    opened = open_source(source)
+    try:
+        check_unquantized(opened.config, opened.label)
+        return make_plan(
+            opened.config, opened.tensors, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement
+        )
+    finally:
+        opened.close()

