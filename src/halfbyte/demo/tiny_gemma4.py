@@ -88,8 +88,33 @@ def write_tiny_gemma4(
 def gemma4_config(vocab_size: int, layers: int, ragged: bool) -> dict[str, Any]:
     """config.json as Google writes it for Gemma 4 31B (same keys, same spelling), with small numbers in it."""
     ids = special_ids(vocab_size)
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_config": None,
+        "audio_token_id": ids["<|audio|>"],
+        "boa_token_id": ids["<|audio>"],
+        "boi_token_id": ids["<|image>"],
+        "dtype": "bfloat16",
+        "eoa_token_id": ids["<audio|>"],
+        "eoa_token_index": ids["<audio|>"],
+        "eoi_token_id": ids["<image|>"],
+        "eos_token_id": [ids["<eos>"], ids["<turn|>"]],
+        "image_token_id": ids["<|image|>"],
+        "initializer_range": 0.02,
+        "model_type": "gemma4",
+        "text_config": _text_config(vocab_size, layers, ragged),
+        "tie_word_embeddings": True,
+        "transformers_version": "5.5.0",
+        "video_token_id": ids["<|video|>"],
+        "vision_config": _vision_config(),
+        "vision_soft_tokens_per_image": SOFT_TOKENS,
+    }
+
+
+def _text_config(vocab_size: int, layers: int, ragged: bool) -> dict[str, Any]:
+    ids = special_ids(vocab_size)
     kinds = ["sliding_attention" if (i + 1) % 6 and i + 1 < layers else "full_attention" for i in range(layers)]
-    text = {
+    return {
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attention_k_eq_v": True,
@@ -129,27 +154,6 @@ def gemma4_config(vocab_size: int, layers: int, ragged: bool) -> dict[str, Any]:
         "use_double_wide_mlp": False,
         "vocab_size": vocab_size,
         "vocab_size_per_layer_input": vocab_size,
-    }
-    return {
-        "architectures": ["Gemma4ForConditionalGeneration"],
-        "audio_config": None,
-        "audio_token_id": ids["<|audio|>"],
-        "boa_token_id": ids["<|audio>"],
-        "boi_token_id": ids["<|image>"],
-        "dtype": "bfloat16",
-        "eoa_token_id": ids["<audio|>"],
-        "eoa_token_index": ids["<audio|>"],
-        "eoi_token_id": ids["<image|>"],
-        "eos_token_id": [ids["<eos>"], ids["<turn|>"]],
-        "image_token_id": ids["<|image|>"],
-        "initializer_range": 0.02,
-        "model_type": "gemma4",
-        "text_config": text,
-        "tie_word_embeddings": True,
-        "transformers_version": "5.5.0",
-        "video_token_id": ids["<|video|>"],
-        "vision_config": _vision_config(),
-        "vision_soft_tokens_per_image": SOFT_TOKENS,
     }
 
 

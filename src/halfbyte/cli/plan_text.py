@@ -1,0 +1,90 @@
+"""A plan as a person reads it: what becomes of each area, what it weighs, whether it fits, who reads the list how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+GIB = 2**30
+_SHOWN_REASONS = 3
+
+
+def render(plan: dict[str, Any], *, with_tensors: bool = False) -> str:
+    """Text of a plan record (`Plan.to_dict()`)."""
+    sections = [_head(plan), _areas(plan), _sizes(plan["summary"]), _loaders(plan)]
+    if plan["notes"]:
+        sections.append(["notes", *(f"  - {note}" for note in plan["notes"])])
+    if with_tensors:
+        sections.append(["tensors", *_tensors(plan["decisions"])])
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _head(plan: dict[str, Any]) -> list[str]:
+    model, modules = plan["model"], plan["summary"]["modules"]
+    return [
+        f"{model['architecture']} ({model['model_type']}), loaded by {model['auto_class']}",
+        f"preset {plan['preset']['name']}: {plan['preset']['why']}",
+        f"{modules['nf4']} of {modules['linear']} linear modules become Linear4bit (blocks of {plan['blocksize']})",
+    ]
+
+
+def _areas(plan: dict[str, Any]) -> list[str]:
+    summary = plan["summary"]
+    rows = [("area", "tensors", "linear", "NF4", "GiB before", "GiB after", "why")]
+    for area, row in summary["areas"].items():
+        modules = summary["modules"]["by_area"].get(area, {"linear": 0, "nf4": 0})
+        reasons = Counter(d["reason"] for d in plan["decisions"] if d["area"] == area)
+        why = "; ".join(reason for reason, _ in reasons.most_common(_SHOWN_REASONS))
+        rows.append(
+            (
+                area, str(row["tensors"]), str(modules["linear"]), str(modules["nf4"]),
+                f"{row['source_bytes'] / GIB:.3f}", f"{row['output_bytes'] / GIB:.3f}", why,
+            )
+        )  # fmt: skip
+    return list(_table(rows))
+
+
+def _sizes(summary: dict[str, Any]) -> list[str]:
+    size, cache, fit = summary["bytes"], summary["kv_cache"], summary["fit"]
+    context = (
+        f"fits a {fit['card_gb']:g} GB card with {fit['max_context_tokens']:,} tokens of context"
+        if fit["fits"]
+        else f"does not fit a {fit['card_gb']:g} GB card"
+    )
+    bits = summary["bits_per_weight_nf4"]
+    return [
+        f"source      {size['source'] / GIB:8.2f} GiB  ({size['source'] / 1e9:.2f} GB)",
+        f"file        {size['file'] / GIB:8.2f} GiB  ({size['file'] / 1e9:.2f} GB), {summary['bits_per_weight']:.3f} bits a weight"
+        + (f", {bits:.3f} in the NF4 tensors" if bits else ""),
+        f"on the GPU  {size['gpu'] / GIB:8.2f} GiB",
+        f"KV cache    {cache['bytes_per_1k_tokens_growing'] / 2**20:8.1f} MiB per 1k tokens"
+        f", and {cache['sliding_window_bytes_full'] / 2**20:.1f} MiB once the sliding windows are full",
+        f"fit         {context}",
+        f"assumed     {summary['assumptions']}",
+    ]
+
+
+def _loaders(plan: dict[str, Any]) -> list[str]:
+    rows = [("loader", "Linear4bit", "by area", "")]
+    for row in plan["loaders"].values():
+        where = ", ".join(f"{count} {area}" for area, count in row["by_area"].items()) or "none"
+        rows.append((row["label"], str(row["modules"]), where, "" if row["agrees"] else "DISAGREES with this plan"))
+    counts = {row["modules"] for row in plan["loaders"].values()}
+    verdict = "every loader agrees" if all(r["agrees"] for r in plan["loaders"].values()) else (
+        f"loaders disagree ({' / '.join(str(c) for c in sorted(counts, reverse=True))}): quantize refuses to write this list"
+    )
+    return ["llm_int8_skip_modules: " + ", ".join(plan["skip_modules"]), *_table(rows), verdict]
+
+
+def _tensors(decisions: list[dict[str, Any]]) -> Iterator[str]:
+    for d in decisions:
+        shape = "x".join(map(str, d["shape"])) or "scalar"
+        yield f"  {d['action']:4}  {d['name']}  {d['dtype']} {shape}  {d['reason']}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Columns padded to their widest cell; the last one as it comes."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
