@@ -14,7 +14,13 @@ from typing import Any
 from halfbyte.records import digest, write_record
 
 STATE_BYTES = 170
-VERSIONS = {"python": "3.11.9", "platform": "this-machine", "halfbyte": "0.1.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2"}
+VERSIONS = {
+    "python": "3.11.9",
+    "platform": "this-machine",
+    "halfbyte": "0.1.0",
+    "transformers": "5.23.0",
+    "bitsandbytes": "0.50.2",
+}
 
 
 def decision(name: str, shape: list[int], action: str, area: str, reason: str) -> dict[str, Any]:
@@ -81,11 +87,29 @@ def write_shard(path: Path, sizes: dict[str, int]) -> None:
 def verify_body(quantize: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     checks = [
         {"id": "F1", "title": "shards are complete", "status": "passed", "detail": "1 file", "where": None},
-        {"id": "load", "title": "stock transformers loads it", "status": "passed", "detail": "made TinyModel", "where": None},
-        {"id": "F26", "title": "companions are the source's", "status": "skipped", "detail": "no companions", "where": None},
+        {
+            "id": "load",
+            "title": "stock transformers loads it",
+            "status": "passed",
+            "detail": "made TinyModel",
+            "where": None,
+        },
+        {
+            "id": "F26",
+            "title": "companions are the source's",
+            "status": "skipped",
+            "detail": "no companions",
+            "where": None,
+        },
     ]
     names = [d["name"] for d in plan["decisions"] if d["action"] == "nf4"]
-    answer = {"prompt": "Name three primary colors.", "image": False, "answer": "Red, yellow and blue.", "tokens": 7, "tokens_per_second": 11.42}
+    answer = {
+        "prompt": "Name three primary colors.",
+        "image": False,
+        "answer": "Red, yellow and blue.",
+        "tokens": 7,
+        "tokens_per_second": 11.42,
+    }
     return {
         "weights_digest": quantize["weights_digest"],
         "passed": True,
@@ -104,12 +128,29 @@ def quantize_body(folder: Path, plan: dict[str, Any], label: str) -> dict[str, A
         "job": "sha256:job",
         "plan_digest": "sha256:" + "cd" * 32,
         "weights_digest": digest({name: entry["sha256"] for name, entry in files.items()}),
-        "source": {"label": label, "kind": "safetensors", "lineage": {"license": "gemma"}, "left_behind": ["README.md"]},
+        "source": {
+            "label": label,
+            "kind": "safetensors",
+            "lineage": {"license": "gemma"},
+            "left_behind": ["README.md"],
+        },
         "files": files,
         "companions": {"tokenizer.json": "12" * 32, "LICENSE": "34" * 32, "config.json": "56" * 32},
         "tensors": {d["name"]: {"sha256": "ef" * 32, "action": d["action"]} for d in plan["decisions"]},
-        "sizes": {"source_bytes": 2 * numel, "output_bytes": total, "parameters": numel, "bits_per_weight": round(8 * total / numel, 4)},
-        "run": {"device": "cpu", "cores": 2, "seconds": 12.345, "resumed_tensors": 0, "peak_rss_bytes": 3 * 10**8, "peak_gpu_bytes": None},
+        "sizes": {
+            "source_bytes": 2 * numel,
+            "output_bytes": total,
+            "parameters": numel,
+            "bits_per_weight": round(8 * total / numel, 4),
+        },
+        "run": {
+            "device": "cpu",
+            "cores": 2,
+            "seconds": 12.345,
+            "resumed_tensors": 0,
+            "peak_rss_bytes": 3 * 10**8,
+            "peak_gpu_bytes": None,
+        },
     }
 
 

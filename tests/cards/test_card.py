@@ -120,7 +120,9 @@ def test_given_licence_is_not_put_into_the_sources_mouth(checkpoint: Path) -> No
     assert "as the source states it" in written(checkpoint, license="gemma")
 
 
-@pytest.mark.parametrize("options", [{"base_model": "../x"}, {"base_model": "a/b\nc: d"}, {"license": "mit\nx: y"}, {"license": ""}])
+@pytest.mark.parametrize(
+    "options", [{"base_model": "../x"}, {"base_model": "a/b\nc: d"}, {"license": "mit\nx: y"}, {"license": ""}]
+)
 def test_argument_that_cannot_be_is_a_usage_error(checkpoint: Path, options: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         card(checkpoint, **options)

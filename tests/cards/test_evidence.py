@@ -68,7 +68,9 @@ def test_hash_edited_by_hand_is_an_error(checkpoint: Path) -> None:
         gather(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a\\b.safetensors", ".x.safetensors", "model.bin"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a\\b.safetensors", ".x.safetensors", "model.bin"]
+)
 def test_shard_name_that_is_more_than_a_file_name_is_refused(checkpoint: Path, name: str) -> None:
     from halfbyte.records import digest
 

@@ -33,8 +33,14 @@ def rewrite(folder: Path, sizes: dict[str, int]) -> None:
 def test_areas_and_headers_add_up_to_the_files(checkpoint: Path) -> None:
     found = account(checkpoint)
     assert sum(area.output_bytes for area in found.areas) == 46_448
-    assert found.data_bytes + found.header_bytes == (checkpoint / "model.safetensors").stat().st_size == found.file_bytes
-    assert [(area.name, area.tensors, area.nf4) for area in found.areas] == [("decoder", 2, 1), ("vision", 1, 0), ("embeddings", 1, 0)]
+    assert (
+        found.data_bytes + found.header_bytes == (checkpoint / "model.safetensors").stat().st_size == found.file_bytes
+    )
+    assert [(area.name, area.tensors, area.nf4) for area in found.areas] == [
+        ("decoder", 2, 1),
+        ("vision", 1, 0),
+        ("embeddings", 1, 0),
+    ]
 
 
 def test_order_of_areas_is_the_plans() -> None:
@@ -80,7 +86,11 @@ def test_hole_between_tensors_breaks_the_balance(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m")
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"hidden")
-    edit(folder, "quantize", lambda body: body["files"]["model.safetensors"].update(bytes=body["files"]["model.safetensors"]["bytes"] + 6))
+    edit(
+        folder,
+        "quantize",
+        lambda body: body["files"]["model.safetensors"].update(bytes=body["files"]["model.safetensors"]["bytes"] + 6),
+    )
     with pytest.raises(SourceError, match="the files have"):
         account(folder)
 
@@ -91,7 +101,9 @@ def test_summary_that_says_another_total_is_an_error(checkpoint: Path) -> None:
         account(checkpoint)
 
 
-@pytest.mark.parametrize("header", [b"\xff" * 8, (10).to_bytes(8, "little") + b"[1, 2, 3] ", (2).to_bytes(8, "little") + b"{]"])
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, (10).to_bytes(8, "little") + b"[1, 2, 3] ", (2).to_bytes(8, "little") + b"{]"]
+)
 def test_file_that_is_no_safetensors_is_an_error_not_a_traceback(checkpoint: Path, header: bytes) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(header)

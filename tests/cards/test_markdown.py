@@ -14,7 +14,9 @@ HOSTILE = [
     "# title", "- item", "1. item", "2) x", "> q", "---", "===", "~~~", "a\n\n# b", "\\", "\\|", "a\\", "$x$", "<!-- c -->",
     "https://evil.example/x", "\u202egnp.exe", "\x00\x1b[31m", "| a |\n|---|", "+ x", "a\u2028b", "\U0001f600", "<http://x.y>",
 ]  # fmt: skip
-ANY_TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(alphabet="`*_|\\[]()<>&#-+=~!$.1 aé\n\t\r\x00\u202e", max_size=24), st.text())
+ANY_TEXT = st.one_of(
+    st.sampled_from(HOSTILE), st.text(alphabet="`*_|\\[]()<>&#-+=~!$.1 aé\n\t\r\x00\u202e", max_size=24), st.text()
+)
 PARSER = MarkdownIt("commonmark", {"html": True}).enable("table")
 PLAIN = {"text", "text_special", "softbreak"}
 
@@ -52,7 +54,9 @@ def test_inline_code_is_read_back_as_written(value: str) -> None:
     children = tokens[1].children
     assert {c.content for c in children if c.type == "html_inline"} <= {"<code>", "</code>"}
     assert {c.type for c in children} <= PLAIN | {"code_inline", "html_inline"}
-    assert "".join(c.content for c in children if c.type != "html_inline") == "x " + one_line(value) or not one_line(value)
+    assert "".join(c.content for c in children if c.type != "html_inline") == "x " + one_line(value) or not one_line(
+        value
+    )
 
 
 @given(ANY_TEXT | st.text(alphabet="`~\n a"))
@@ -74,7 +78,15 @@ def test_markdown_joined_by_python_is_escaped_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(19_081_828_155, "19.08 GB (17.77 GiB)"), (5_486, "5,486 bytes"), (5_486_000, "5.49 MB (5.23 MiB)"), (None, None), ("9", None), (True, None)]
+    ("value", "shown"),
+    [
+        (19_081_828_155, "19.08 GB (17.77 GiB)"),
+        (5_486, "5,486 bytes"),
+        (5_486_000, "5.49 MB (5.23 MiB)"),
+        (None, None),
+        ("9", None),
+        (True, None),
+    ],
 )
 def test_bytes_are_shown_decimal_and_binary_and_only_if_they_are_a_number(value: object, shown: str | None) -> None:
     assert gigabytes(value) == shown

@@ -99,7 +99,9 @@ def test_dry_run_lists_everything_and_asks_no_hub(ready: Path, monkeypatch: pyte
         ("tokenizer.json", OutputError, "halfbyte quantize"),
     ],
 )
-def test_incomplete_checkpoint_is_refused(ready: Path, fake: FakeHub, lost: str, error: type[HalfbyteError], todo: str) -> None:
+def test_incomplete_checkpoint_is_refused(
+    ready: Path, fake: FakeHub, lost: str, error: type[HalfbyteError], todo: str
+) -> None:
     (ready / lost).unlink()
     with pytest.raises(error) as caught:
         push(ready, "org/name")
@@ -168,7 +170,10 @@ def test_answer_of_the_hub_becomes_a_sentence(ready: Path, fake: FakeHub, status
 
 @pytest.mark.parametrize(
     ("error", "todo"),
-    [(errors.LocalTokenNotFoundError("no token"), "hf auth login"), (ConnectionResetError("reset by peer"), "push again")],
+    [
+        (errors.LocalTokenNotFoundError("no token"), "hf auth login"),
+        (ConnectionResetError("reset by peer"), "push again"),
+    ],
 )
 def test_missing_login_and_broken_line_say_what_to_do(ready: Path, fake: FakeHub, error: Exception, todo: str) -> None:
     fake.error = error

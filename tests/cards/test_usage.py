@@ -43,7 +43,9 @@ def test_program_is_python_of_under_twenty_lines_that_names_the_model(auto_class
 @pytest.mark.parametrize("name", ['a"\nimport os', "a'b", "back\\slash", "{model_id}", "ü\u2028\U0001f600", "a\x00b"])
 def test_hostile_name_stays_one_string(name: str) -> None:
     for auto_class, has_images in KINDS:
-        assigned = [node for node in ast.parse(usage_snippet(auto_class, has_images, name)).body if isinstance(node, ast.Assign)]
+        assigned = [
+            node for node in ast.parse(usage_snippet(auto_class, has_images, name)).body if isinstance(node, ast.Assign)
+        ]
         assert ast.literal_eval(assigned[0].value) == name
 
 

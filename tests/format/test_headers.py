@@ -77,7 +77,18 @@ def test_a_tensor_name_like_a_path_is_refused(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.bin", "", 7, ".h.safetensors", "a\n.safetensors"]
+    "shard",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "x.bin",
+        "",
+        7,
+        ".h.safetensors",
+        "a\n.safetensors",
+    ],
 )
 def test_a_shard_name_that_climbs_out_is_refused(tmp_path: Path, shard: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))

@@ -78,7 +78,9 @@ def test_buffers_survive_with_their_values(ours: Path, tiny_gemma4: Path) -> Non
     assert all(result[name] == source[name] for name in scalars)
 
 
-def test_stock_loading_of_both_answers_with_identical_tokens_from_text_and_image(ours: Path, stock: Path, tmp_path: Path) -> None:
+def test_stock_loading_of_both_answers_with_identical_tokens_from_text_and_image(
+    ours: Path, stock: Path, tmp_path: Path
+) -> None:
     from PIL import Image, ImageDraw
 
     from halfbyte.runtime.generate import Chat

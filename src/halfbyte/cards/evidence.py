@@ -116,7 +116,9 @@ def check_files(folder: Path, quantize: Mapping[str, Any]) -> None:
 def _shard(folder: Path, name: str, where: Path) -> Path:
     """The shard's path; raises UnsafeName if its name is more than a file name."""
     if "/" in name or "\\" in name or not name.endswith(".safetensors") or name.startswith("."):
-        raise UnsafeName(f"{name[:120]!r} is not the name of a weight file", where=str(where), todo="do not trust this checkpoint")
+        raise UnsafeName(
+            f"{name[:120]!r} is not the name of a weight file", where=str(where), todo="do not trust this checkpoint"
+        )
     return folder / name
 
 

@@ -47,11 +47,15 @@ def license_of(lineage: Mapping[str, Any], given: str | None) -> dict[str, str]:
     """
     if given is not None:
         if not _LICENSE_ID.fullmatch(given):
-            raise UsageError(f"{given!r} is not a licence identifier", where="--license", todo="e.g. apache-2.0, gemma, other")
+            raise UsageError(
+                f"{given!r} is not a licence identifier", where="--license", todo="e.g. apache-2.0, gemma, other"
+            )
         if given != lineage.get("license"):
             return {"license": given}
     keys = ("license", "license_name", "license_link")
-    stated = {key: " ".join(value.split()) for key in keys if isinstance(value := lineage.get(key), str) and value.strip()}
+    stated = {
+        key: " ".join(value.split()) for key in keys if isinstance(value := lineage.get(key), str) and value.strip()
+    }
     if "license" in stated and not _LICENSE_ID.fullmatch(stated["license"]):
         # the hub refuses words that are not an identifier; `other` with the words as its name is how it wants them
         return {**stated, "license": "other", "license_name": stated.get("license_name", stated["license"])}

@@ -91,7 +91,9 @@ def take_inventory(folder: Path, quantize: Mapping[str, Any], plan: Mapping[str,
     recorded = quantize["sizes"]["output_bytes"]
     if data_bytes != recorded:
         raise SourceError(
-            f"files hold {data_bytes:,} bytes of tensors, the quantize record says {recorded:,}", where=str(folder), todo=_TODO
+            f"files hold {data_bytes:,} bytes of tensors, the quantize record says {recorded:,}",
+            where=str(folder),
+            todo=_TODO,
         )
     _check_forecast(folder, data_bytes, plan)
     states = sum(size for name, size in sizes.items() if name.endswith(_STATE))
@@ -104,7 +106,9 @@ def _check_forecast(folder: Path, data_bytes: int, plan: Mapping[str, Any] | Non
     texts = sum(decision["action"] == "nf4" for decision in (plan or {}).get("decisions", []))
     if foreseen is not None and abs(data_bytes - foreseen) > _TEXT_VARIES * texts:
         raise SourceError(
-            f"files hold {data_bytes:,} bytes of tensors, the plan's summary says {foreseen:,}", where=str(folder), todo=_TODO
+            f"files hold {data_bytes:,} bytes of tensors, the plan's summary says {foreseen:,}",
+            where=str(folder),
+            todo=_TODO,
         )
 
 
@@ -137,7 +141,9 @@ def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) ->
         found = {part: left.pop(name + part) for part in parts}
         expected = planned_bytes(decision, plan["blocksize"]) + found.get(_STATE, 0)
         if sum(found.values()) != expected:
-            raise SourceError(f"{sum(found.values()):,} bytes on disk, {expected:,} by its plan", where=where, todo=_TODO)
+            raise SourceError(
+                f"{sum(found.values()):,} bytes on disk, {expected:,} by its plan", where=where, todo=_TODO
+            )
         account = accounts.setdefault(decision["area"], Area(decision["area"]))
         account.tensors += 1
         account.nf4 += decision["action"] == "nf4"
@@ -145,7 +151,9 @@ def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) ->
         account.source_bytes += source_bytes(decision)
         account.output_bytes += expected
     if left:
-        raise SourceError(f"{len(left)} tensors on disk, not in the plan", where=f"{folder}: tensor {next(iter(left))}", todo=_TODO)
+        raise SourceError(
+            f"{len(left)} tensors on disk, not in the plan", where=f"{folder}: tensor {next(iter(left))}", todo=_TODO
+        )
     return [account for account in accounts.values() if account.tensors]
 
 

@@ -49,7 +49,9 @@ def visible(text: str) -> str:
 def _hidden(character: str) -> bool:
     if character in "\n\t":
         return False
-    bidirectional = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069" or character in "\u200e\u200f"
+    bidirectional = (
+        "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069" or character in "\u200e\u200f"
+    )
     return bidirectional or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 

@@ -22,7 +22,10 @@ def shown_source(label: str) -> str:
 
 def commands(evidence: Evidence, target: str) -> Markdown:
     """The command lines that make and prove this checkpoint again, as one shell block."""
-    source, preset = shown_source(evidence.quantize["source"]["label"]), (evidence.plan or {}).get("preset", {}).get("name")
+    source, preset = (
+        shown_source(evidence.quantize["source"]["label"]),
+        (evidence.plan or {}).get("preset", {}).get("name"),
+    )
     version = evidence.quantize.get("versions", {}).get("halfbyte")
     options = ["--preset", str(preset)] if preset else []
     lines = [
@@ -87,11 +90,17 @@ def licence_words(lineage: Mapping[str, Any], licence: Mapping[str, str], given:
             "The source's licence is **not known** to whoever wrote this card: its metadata states none. A quantized copy is a "
             "derived work; find out before you use or share it."
         )
-    who = "as given by the author of this card" if given and given != lineage.get("license") else "as the source states it"
+    who = (
+        "as given by the author of this card"
+        if given and given != lineage.get("license")
+        else "as the source states it"
+    )
     name = [code(licence["license_name"])] if "license_name" in licence else []
     link = [code(licence["license_link"])] if "license_link" in licence else []
     words = joined([Markdown("Licence: "), joined([code(licence["license"]), *name, *link]), Markdown(f", {who}.")], "")
-    return Markdown(words + " Quantizing changes no licence: these weights are a derived work under the source's terms.")
+    return Markdown(
+        words + " Quantizing changes no licence: these weights are a derived work under the source's terms."
+    )
 
 
 def licence_files(evidence: Evidence) -> Markdown | None:

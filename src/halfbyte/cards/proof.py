@@ -26,7 +26,9 @@ def verdict(evidence: Evidence) -> Markdown:
     tally = {status: sum(check["status"] == status for check in checks) for status in _MARKS}
     if tally["failed"]:
         names = joined([check["title"] for check in evidence.failed_checks], "; ")
-        return Markdown(f"**Verification FAILED** in {tally['failed']} of {len(checks)} checks: {names}. Do not use this checkpoint.")
+        return Markdown(
+            f"**Verification FAILED** in {tally['failed']} of {len(checks)} checks: {names}. Do not use this checkpoint."
+        )
     skipped = f", {tally['skipped']} skipped (named below)" if tally["skipped"] else ""
     against = evidence.verify.get("with_source")
     how = "against the source, tensor by tensor" if against else "without the source at hand, against recorded hashes"
@@ -48,7 +50,9 @@ def error_table(evidence: Evidence) -> Markdown | None:
             found.setdefault(areas.get(row["name"], "other"), []).append(row["sqnr_db"])
     rows = [
         (area, count(len(values)), *(decimal(figure(values)) for figure in (min, median, max)))
-        for area, values in sorted(found.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER))
+        for area, values in sorted(
+            found.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)
+        )
     ]
     return table(["Area", "NF4 tensors:", "SQNR min, dB:", "median:", "max:"], rows) if rows else None
 
@@ -82,7 +86,11 @@ def answer_setting(evidence: Evidence) -> Markdown | None:
         if report.get("answers"):
             versions = record.get("versions", {})
             parts: list[Any] = [code(report["device"])] if report.get("device") else []
-            parts += [text(f"{name} {versions[name]}") for name in ("transformers", "bitsandbytes", "torch") if name in versions]
+            parts += [
+                text(f"{name} {versions[name]}")
+                for name in ("transformers", "bitsandbytes", "torch")
+                if name in versions
+            ]
             return joined(parts) if parts else None
     return None
 
@@ -93,7 +101,16 @@ def fidelity_table(evidence: Evidence) -> Markdown | None:
     for record in evidence.evaluations.values():
         for result in record["results"]:
             interval = f"{result['low']:g} to {result['high']:g}"
-            rows.append((code(result["metric"]), f"{result['value']:g}", interval, count(result["n"]), result["unit"], result["dataset"]["name"]))
+            rows.append(
+                (
+                    code(result["metric"]),
+                    f"{result['value']:g}",
+                    interval,
+                    count(result["n"]),
+                    result["unit"],
+                    result["dataset"]["name"],
+                )
+            )
     return table(["Metric", "Value:", "95 % interval:", "n:", "Unit", "Data"], rows) if rows else None
 
 
@@ -102,7 +119,9 @@ def not_measured(evidence: Evidence, *, has_images: bool) -> list[Any]:
     asked = _asked(evidence)
     missing: list[Any] = []
     if not evidence.evaluations:
-        missing.append("Quality against the source: no KL divergence, perplexity or task score exists for these weights.")
+        missing.append(
+            "Quality against the source: no KL divergence, perplexity or task score exists for these weights."
+        )
     if evidence.verify is None:
         missing.append("Whether the files are what the plan says: `halfbyte verify` has not been run.")
     elif error_table(evidence) is None:

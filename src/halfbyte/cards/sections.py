@@ -39,12 +39,17 @@ def area_table(inventory: Inventory, plan: Mapping[str, Any]) -> Markdown:
         cells = (name, count(area.tensors), Markdown(four_bit), count(area.source_bytes), count(area.output_bytes), why)
         rows.append(cells)
     total = [
-        sum(getattr(area, key) for area in inventory.areas) for key in ("tensors", "nf4", "source_bytes", "output_bytes")
+        sum(getattr(area, key) for area in inventory.areas)
+        for key in ("tensors", "nf4", "source_bytes", "output_bytes")
     ]
     linear = sum(row["linear"] for row in modules.values()) or total[1]
-    bold = [Markdown(f"**{text}**") for text in ("all", f"{total[0]:,}", f"{total[1]} of {linear}", f"{total[2]:,}", f"{total[3]:,}")]
+    bold = [
+        Markdown(f"**{text}**")
+        for text in ("all", f"{total[0]:,}", f"{total[1]} of {linear}", f"{total[2]:,}", f"{total[3]:,}")
+    ]
     return table(
-        ["Area", "Tensors:", "4-bit linears:", "Bytes before:", "Bytes after:", "What was done, and why"], [*rows, [*bold, ""]]
+        ["Area", "Tensors:", "4-bit linears:", "Bytes before:", "Bytes after:", "What was done, and why"],
+        [*rows, [*bold, ""]],
     )
 
 

@@ -60,7 +60,9 @@ def push(
     }
     result["bytes"] = sum(entry["bytes"] for entry in result["files"])
     if not dry_run:
-        result["url"] = _upload(folder, repo, files, private=private, message=message or f"{folder.resolve().name}: NF4 checkpoint")
+        result["url"] = _upload(
+            folder, repo, files, private=private, message=message or f"{folder.resolve().name}: NF4 checkpoint"
+        )
     return result
 
 
@@ -69,7 +71,9 @@ def check_ready(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError("is not a folder", where=str(folder), todo="name the folder of a checkpoint")
     if not (folder / FOLDER / "quantize.json").is_file():
-        raise OutputError("no quantize record: not a halfbyte checkpoint", where=str(folder), todo="run halfbyte quantize")
+        raise OutputError(
+            "no quantize record: not a halfbyte checkpoint", where=str(folder), todo="run halfbyte quantize"
+        )
     if not (folder / CARD).is_file():
         raise OutputError(f"no {CARD}", where=str(folder), todo=f"run halfbyte card {folder}")
 
@@ -98,7 +102,9 @@ def manifest(evidence: Evidence) -> tuple[list[str], list[str]]:
     for name in wanted:
         path = folder / name
         if not path.is_file() or path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-            raise OutputError("recorded, but no plain file in the folder", where=str(path), todo="run halfbyte quantize again")
+            raise OutputError(
+                "recorded, but no plain file in the folder", where=str(path), todo="run halfbyte quantize again"
+            )
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return sorted(wanted), sorted(present - wanted)
 
@@ -117,7 +123,11 @@ def _upload(folder: Path, repo: str, files: list[str], *, private: bool, message
             allow_patterns=[_literal(name) for name in files if name != CARD],
         )
         api.upload_file(
-            path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=repo, repo_type="model", commit_message=f"{message}: card"
+            path_or_fileobj=text.encode(),
+            path_in_repo=CARD,
+            repo_id=repo,
+            repo_type="model",
+            commit_message=f"{message}: card",
         )
     return url
 
@@ -142,7 +152,9 @@ def clear_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except errors.LocalTokenNotFoundError:
-        raise HalfbyteError("no login for the hub on this machine", where=repo, todo="hf auth login, then push again") from None
+        raise HalfbyteError(
+            "no login for the hub on this machine", where=repo, todo="hf auth login, then push again"
+        ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         todo = {
@@ -153,7 +165,9 @@ def clear_errors(repo: str) -> Iterator[None]:
         raise HalfbyteError(f"the hub says {status or 'no'}: {_first_line(error)}", where=repo, todo=todo) from None
     except Exception as error:  # the client and its HTTP library raise a dozen kinds: all mean the same to the reader
         raise HalfbyteError(
-            f"upload broke off: {_first_line(error)}", where=repo, todo="push again: what is already there is not sent twice"
+            f"upload broke off: {_first_line(error)}",
+            where=repo,
+            todo="push again: what is already there is not sent twice",
         ) from None
 
 

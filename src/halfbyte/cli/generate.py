@@ -22,7 +22,9 @@ def command(
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sampling temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Least probability relative to the best.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Least probability relative to the best.")
+    ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0.1, help="Above 1 discourages repetition.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     json: JSON_OPTION = False,

@@ -34,7 +34,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+    ),
 ) -> None: ...
 
 
@@ -53,7 +55,10 @@ def main() -> None:
         print("interrupted: nothing half-written is left under a final name; run it again to continue", file=sys.stderr)
         sys.exit(130)
     except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"error: {error.strerror}\n  where: {error.filename}\n  next:  check the path and its rights", file=sys.stderr)
+        print(
+            f"error: {error.strerror}\n  where: {error.filename}\n  next:  check the path and its rights",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

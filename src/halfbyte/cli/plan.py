@@ -34,5 +34,3 @@ def command(
     from halfbyte.cli.plan_text import render
 
     typer.echo(render(made.to_dict(), with_tensors=tensors))
-
-

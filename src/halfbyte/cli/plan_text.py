@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 GIB = 2**30
@@ -71,8 +71,12 @@ def _loaders(plan: dict[str, Any]) -> list[str]:
         where = ", ".join(f"{count} {area}" for area, count in row["by_area"].items()) or "none"
         rows.append((row["label"], str(row["modules"]), where, "" if row["agrees"] else "DISAGREES with this plan"))
     counts = {row["modules"] for row in plan["loaders"].values()}
-    verdict = "every loader agrees" if all(r["agrees"] for r in plan["loaders"].values()) else (
-        f"loaders disagree ({' / '.join(str(c) for c in sorted(counts, reverse=True))}): quantize refuses to write this list"
+    verdict = (
+        "every loader agrees"
+        if all(r["agrees"] for r in plan["loaders"].values())
+        else (
+            f"loaders disagree ({' / '.join(str(c) for c in sorted(counts, reverse=True))}): quantize refuses to write this list"
+        )
     )
     return ["llm_int8_skip_modules: " + ", ".join(plan["skip_modules"]), *_table(rows), verdict]
 
@@ -83,7 +87,7 @@ def _tensors(decisions: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  {d['action']:4}  {d['name']}  {d['dtype']} {shape}  {d['reason']}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Columns padded to their widest cell; the last one as it comes."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:

@@ -16,8 +16,12 @@ _MARKS = {"passed": "ok    ", "failed": "FAILED", "skipped": "skip  "}
 
 def command(
     out: Annotated[Path, typer.Argument(help="Folder of the NF4 checkpoint.")],
-    source: Annotated[str | None, typer.Option(help="What it was made from; without it, hashes of the record are used.")] = None,
-    generate: Annotated[bool, typer.Option(help="Load through stock transformers and answer the sanity prompts.")] = True,
+    source: Annotated[
+        str | None, typer.Option(help="What it was made from; without it, hashes of the record are used.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option(help="Load through stock transformers and answer the sanity prompts.")
+    ] = True,
     device: Annotated[str, typer.Option(help="Where the stock model runs: cpu or cuda[:N].")] = "cpu",
     json: JSON_OPTION = False,
 ) -> None:

@@ -34,18 +34,16 @@ HAS_PSHUFB = platform.machine().lower() in ("x86_64", "amd64")
 _BYTES = ir.VectorType(ir.IntType(8), 16)
 
 
-def quantize_16bit(weight, thresholds, packed, magnitudes, blocksize):
-    """int16 [n] bits of whole blocks -> packed, and each block's absmax bits; returns the largest of those."""
+def quantize_16bit(weight, thresholds, values, packed, absmax, blocksize):
+    """int16 [n] bits of whole blocks -> packed and absmax, by the tables of tables.py."""
     counts = np.empty(64, np.int16)
     size = np.uintp(blocksize)
-    largest = np.int16(0)
-    for block in range(magnitudes.size):
+    for block in range(absmax.size):
         start = np.uintp(block) * size
         top = np.int16(0)
         for i in range(size):
             top = max(top, np.int16(weight[start + np.uintp(i)] & np.int16(0x7FFF)))
-        magnitudes[block] = top
-        largest = max(largest, top)
+        absmax[block] = values[np.uintp(top)]
         t = thresholds[np.uintp(top)]
         t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
         t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
@@ -61,7 +59,6 @@ def quantize_16bit(weight, thresholds, packed, magnitudes, blocksize):
             byte = first >> np.uintp(1)
             for i in range(16):
                 packed[byte + np.uintp(i)] = (counts[2 * i] << 4) | counts[2 * i + 1]
-    return largest
 
 
 def quantize_f32(bits, floats, midpoints, packed, magnitudes, absmax, blocksize):
@@ -71,7 +68,6 @@ def quantize_f32(bits, floats, midpoints, packed, magnitudes, absmax, blocksize)
     """
     counts = np.empty(64, np.int32)
     size = np.uintp(blocksize)
-    largest = np.int32(0)
     m0, m1, m2, m3, m4 = midpoints[0], midpoints[1], midpoints[2], midpoints[3], midpoints[4]
     m5, m6, m7, m8, m9 = midpoints[5], midpoints[6], midpoints[7], midpoints[8], midpoints[9]
     m10, m11, m12, m13, m14 = midpoints[10], midpoints[11], midpoints[12], midpoints[13], midpoints[14]
@@ -81,7 +77,6 @@ def quantize_f32(bits, floats, midpoints, packed, magnitudes, absmax, blocksize)
         for i in range(size):
             top = max(top, np.int32(bits[start + np.uintp(i)] & np.int32(0x7FFFFFFF)))
         magnitudes[block] = top
-        largest = max(largest, top)
         inverse = np.float32(1.0) / max(absmax[block], np.float32(SMALLEST_SCALE))
         for part in range(np.uintp(0), size, np.uintp(32)):
             first = start + np.uintp(part)
@@ -93,7 +88,6 @@ def quantize_f32(bits, floats, midpoints, packed, magnitudes, absmax, blocksize)
             byte = first >> np.uintp(1)
             for i in range(16):
                 packed[byte + np.uintp(i)] = (counts[2 * i] << 4) | counts[2 * i + 1]
-    return largest
 
 
 def nest(centred, table, codes, largest):
@@ -230,8 +224,8 @@ _DEQUANTIZE = "void(uint8[::1], float32[::1], float32[::1], uint8[::1], int64)"
 
 #: What numba compiles, and for which types.
 SIGNATURES = {
-    quantize_16bit: "int16(int16[::1], int16[:,::1], uint8[::1], int16[::1], int64)",
-    quantize_f32: "int32(int32[::1], float32[::1], float32[::1], uint8[::1], int32[::1], float32[::1], int64)",
+    quantize_16bit: "void(int16[::1], int16[:,::1], float32[::1], uint8[::1], float32[::1], int64)",
+    quantize_f32: "void(int32[::1], float32[::1], float32[::1], uint8[::1], int32[::1], float32[::1], int64)",
     nest: "void(float32[::1], uint8[::1], uint8[::1], float32[::1])",
     dequantize_bf16: _DEQUANTIZE,
     dequantize_f16: _DEQUANTIZE,

@@ -19,6 +19,7 @@ from halfbyte.quantizer.job import quantize
 from halfbyte.recipe.survey import plan
 from halfbyte.verifier import sentences, verify
 
+
 def tour(out: str | Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Plan, quantize, verify and describe each embedded model under `out`; returns {"models": {...}, "card": path}.
 
@@ -58,8 +59,9 @@ def _main_job(name: str, source: Path, out: Path, say: Callable[[str], None]) ->
         raise CheckFailed("\n".join(failures), where=str(out))
     passed = sum(check["status"] == "passed" for check in verified["checks"])
     say(f"  verify    {passed} checks passed")
-    for answer in verified.get("answers", []):
-        say(f"  ask       {answer['prompt']}\n  answer    {answer['text'].strip()[:300]!r}")
+    answers = verified["stock"]["answers"]
+    for answer in answers:
+        say(f"  ask       {answer['prompt']}\n  answer    {answer['answer'].strip()[:200]!r}")
     path = card(out)
     say(f"  card      {path}\n")
-    return {"out": str(out), "card": str(path), "sizes": sizes, "checks_passed": passed, "answers": verified.get("answers", [])}
+    return {"out": str(out), "card": str(path), "sizes": sizes, "checks_passed": passed, "answers": answers}

@@ -111,7 +111,9 @@ def read_header(path: Path) -> list[TensorInfo]:
                 )
             text = file.read(length)
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", where=where, todo="check the path and its rights") from None
+        raise SourceError(
+            f"cannot be read: {error.strerror}", where=where, todo="check the path and its rights"
+        ) from None
     body = parse_json_object(text, where)
     body.pop("__metadata__", None)
     base = 8 + length
@@ -163,8 +165,10 @@ def read_index(folder: Path) -> dict[str, str]:
     if single.is_file():
         return {info.name: SINGLE_NAME for info in read_header(single)}
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
-    todo = "convert it to safetensors first: pickle runs code on loading, so it is refused" if pickles else (
-        f"expected {SINGLE_NAME}, {INDEX_NAME} or one .gguf file"
+    todo = (
+        "convert it to safetensors first: pickle runs code on loading, so it is refused"
+        if pickles
+        else (f"expected {SINGLE_NAME}, {INDEX_NAME} or one .gguf file")
     )
     raise SourceError("no safetensors weights here", where=str(folder), todo=todo)
 

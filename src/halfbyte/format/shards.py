@@ -95,7 +95,11 @@ def plan_shards(groups: Iterable[Sequence[OutputTensor]], max_shard_bytes: int) 
         filled[-1].extend(group)
         size += group_size
     count = len(filled)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
     return [_lay_out(name, tensors) for name, tensors in zip(names, filled, strict=True)]
 
 
@@ -166,7 +170,9 @@ class ShardFile:
         """
         shard = self.shard
         lengths = {t.name: len(quant_states[t.name]) for t in shard.quant_states}
-        header = json.dumps(_header(shard.tensors, shard.quant_states, shard.fixed_bytes, lengths), separators=(",", ":"))
+        header = json.dumps(
+            _header(shard.tensors, shard.quant_states, shard.fixed_bytes, lengths), separators=(",", ":")
+        )
         padded = header.encode().ljust(shard.header_bytes)
         assert len(padded) == shard.header_bytes, "header outgrew its reserve"
         blobs = b"".join(quant_states[t.name] for t in shard.quant_states)
@@ -192,7 +198,9 @@ class ShardFile:
 
 def _write_failed(error: OSError, path: Path) -> OutputError:
     return OutputError(
-        f"writing failed: {error.strerror}", where=str(path), todo="free some space and run the command again: it continues"
+        f"writing failed: {error.strerror}",
+        where=str(path),
+        todo="free some space and run the command again: it continues",
     )
 
 

@@ -54,7 +54,8 @@ def lineage(source: Source) -> dict[str, Any]:
         return {
             key.removeprefix("general."): value
             for key, value in metadata.items()
-            if key in {"general.license", "general.name", "general.organization", "general.basename", "general.finetune"}
+            if key
+            in {"general.license", "general.name", "general.organization", "general.basename", "general.finetune"}
         }
     card = source.path / "README.md"
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None

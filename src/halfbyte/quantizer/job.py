@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -24,6 +23,7 @@ from halfbyte.format.checkpoint import open_source
 from halfbyte.format.hf_config import check_unquantized
 from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
+from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import note, track
 from halfbyte.quantizer import carry, target
 from halfbyte.quantizer.journal import Journal
@@ -214,6 +214,11 @@ class Job:
                 "job": identity,
                 "plan_digest": self.plan.digest,
                 "weights_digest": digest({name: entry["sha256"] for name, entry in files.items()}),
+                "options": {
+                    "preset": self.plan.preset["name"],
+                    "max_shard_bytes": self.max_shard_bytes,
+                    "blocksize": self.plan.blocksize,
+                },
                 "source": {
                     "label": self.source.label,
                     "kind": self.source.kind,
@@ -232,8 +237,8 @@ class Job:
                     "cores": len(os.sched_getaffinity(0)),
                     "seconds": round(seconds, 3),
                     "resumed_tensors": self.resumed,
-                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                    "peak_gpu_bytes": _peak_gpu(self.device),
+                    "peak_rss_bytes": peak_rss_bytes(),
+                    "peak_gpu_bytes": peak_gpu_bytes(self.device),
                 },
             },
         )
@@ -278,12 +283,3 @@ def _wait_all(futures: list[Future[Any]]) -> None:
         for future in ended:
             if not future.cancelled() and (error := future.exception()) is not None and not isinstance(error, Stopped):
                 raise error
-
-
-def _peak_gpu(device: str) -> int | None:
-    """Peak bytes that torch held on the GPU, None on the CPU."""
-    if device == "cpu":
-        return None
-    import torch
-
-    return int(torch.cuda.max_memory_allocated(device))

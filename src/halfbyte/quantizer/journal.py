@@ -38,7 +38,9 @@ class Journal:
         except OSError:
             self._lock_file.close()
             raise OutputError(
-                "another halfbyte process is writing there", where=str(out), todo="wait for it, or choose another folder"
+                "another halfbyte process is writing there",
+                where=str(out),
+                todo="wait for it, or choose another folder",
             ) from None
         self.path = self.work / "journal.jsonl"
         self.tensors: dict[str, dict[str, Any]] = {}

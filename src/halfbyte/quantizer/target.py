@@ -1,11 +1,11 @@
 """The output folder: may we write there, is there room, and what does an unfinished job of ours leave in it.
 
-    empty or missing              start
-    unfinished, same job          continue
-    unfinished, another job       refuse (overwrite=True starts over)
-    finished, same job            nothing to do
-    finished, another job         refuse (overwrite=True removes what halfbyte wrote, nothing else)
-    anything else                 refuse, always: it is not ours to delete
+empty or missing              start
+unfinished, same job          continue
+unfinished, another job       refuse (overwrite=True starts over)
+finished, same job            nothing to do
+finished, another job         refuse (overwrite=True removes what halfbyte wrote, nothing else)
+anything else                 refuse, always: it is not ours to delete
 """
 
 from __future__ import annotations
@@ -102,4 +102,7 @@ def open_journal(out: Path, identity: str, detail: dict[str, Any], *, overwrite:
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [key for key in now if was.get(key) != now[key]]
-    return ", ".join(f"{key} was {str(was.get(key))[:60]!r}, is {str(now[key])[:60]!r}" for key in changed) or "older layout"
+    return (
+        ", ".join(f"{key} was {str(was.get(key))[:60]!r}, is {str(now[key])[:60]!r}" for key in changed)
+        or "older layout"
+    )

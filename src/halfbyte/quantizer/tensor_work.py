@@ -120,12 +120,16 @@ def as_bytes(tensor: torch.Tensor) -> Any:
 
 
 def check_finite(piece: torch.Tensor, info: TensorInfo) -> None:
-    """Raises NonFiniteWeight if a floating slice holds NaN or infinity (read off the exponent bits: one pass)."""
+    """Raises NonFiniteWeight if a floating slice holds NaN or infinity (read off the exponent bits: one pass).
+
+    A tensor of one element may be infinite, never NaN: Gemma's clip bounds are (docs/format.md F21).
+    """
     if info.dtype not in _INF_BITS or piece.numel() == 0:
         return
     inf_bits, integer = _INF_BITS[info.dtype]
     bits = as_bytes(piece).view(integer)
-    if int((bits & ((1 << (8 * bits.itemsize - 1)) - 1)).max()) >= inf_bits:
+    largest = int((bits & ((1 << (8 * bits.itemsize - 1)) - 1)).max())
+    if largest > inf_bits or (largest == inf_bits and info.numel > 1):
         raise _non_finite(info)
 
 

@@ -11,13 +11,13 @@ the first token is reported apart from the rate of the rest.
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
+from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.runtime.images import open_image
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def generate(
     """
     unknown = options.keys() - set(GENERATION_OPTIONS)
     if unknown:
-        raise UsageError(f"unknown option {sorted(unknown)[0]!r}", todo=f"known: {', '.join(GENERATION_OPTIONS)}")
+        raise UsageError(f"unknown option {min(unknown)!r}", todo=f"known: {', '.join(GENERATION_OPTIONS)}")
     images = [open_image(path) for path in image]
     chat = Chat(Path(checkpoint), device)
     return chat.answer(prompt, images, stream, options)
@@ -144,8 +144,8 @@ class Chat:
             "seconds_to_first_token": round(first, 4),
             "tokens_per_second": round(rest / (seconds - first), 2) if rest > 0 and seconds > first else None,
             "device": self.device,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_gpu_bytes": None if self.device == "cpu" else int(torch.cuda.max_memory_allocated(self.device)),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": peak_gpu_bytes(self.device),
         }
 
 
@@ -158,7 +158,7 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     if not given["do_sample"]:
         if samples:
             raise UsageError(
-                f"{sorted(samples)[0]} has no effect without sampling", where="--no-do-sample", todo="drop one of the two"
+                f"{min(samples)} has no effect without sampling", where="--no-do-sample", todo="drop one of the two"
             )
         given |= {"temperature": None, "top_p": None, "top_k": None}  # silence the model's own sampling defaults
     return given

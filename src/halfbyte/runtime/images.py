@@ -39,7 +39,9 @@ def open_image(path: str | Path) -> Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise SourceError(
-                    f"image of {width} x {height} exceeds {MAX_PIXELS // 10**6} million pixels", where=where, todo="scale it down"
+                    f"image of {width} x {height} exceeds {MAX_PIXELS // 10**6} million pixels",
+                    where=where,
+                    todo="scale it down",
                 )
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
