@@ -68,7 +68,7 @@ def config(layers: int) -> dict[str, Any]:
     from halfbyte.demo.tiny_gemma4 import gemma4_config
 
     body = gemma4_config(262144, 6, False)
-    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
+    kinds = ["full_attention" if i % 6 == 5 or i == layers - 1 else "sliding_attention" for i in range(layers)]
     body["text_config"] |= {
         "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "num_key_value_heads": 16,
         "num_global_key_value_heads": 4, "head_dim": 256, "global_head_dim": 512, "num_hidden_layers": layers,
@@ -102,7 +102,9 @@ def write_source(folder: Path, layers: int) -> int:
         for info in read_header(shard):
             weight_map[info.name] = shard.name
             total += info.nbytes
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     return total
 
 

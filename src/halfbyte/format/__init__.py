@@ -1,0 +1,1 @@
+"""Bytes: safetensors and GGUF headers read as hostile input, NF4 layout, shards, config.json."""

@@ -1,0 +1,1 @@
+"""Run a checkpoint: load it, show it images, generate."""

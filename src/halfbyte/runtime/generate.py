@@ -168,7 +168,7 @@ def _stream_watch(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:
     """A transformers streamer that notes when the first new token came and hands finished text to `stream`."""
     from transformers import TextStreamer
 
-    class Watch(TextStreamer):
+    class Watch(TextStreamer):  # type: ignore[misc]
         first: float | None = None
 
         def put(self, value: Any) -> None:
