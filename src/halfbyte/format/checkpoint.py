@@ -27,6 +27,8 @@ COMPANIONS = (
     "*processor_config.json", "chat_template*", "*.jinja", "generation_config.json",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*", "TERMS*",
 )  # fmt: skip
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_LINEAGE_KEYS = ("license", "license_name", "license_link", "base_model", "language", "pipeline_tag")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
 
 
@@ -34,6 +36,7 @@ class SafetensorsSource:
     """A folder with config.json and safetensors shards. All headers are validated when it is made."""
 
     kind = "safetensors"
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
@@ -47,6 +50,20 @@ class SafetensorsSource:
         """Tokenizer, processor, template, generation config and licence files at the top of the folder."""
         names = sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
         return {name: self.path / name for name in names if _is_companion(name)}
+
+    def lineage(self) -> dict[str, Any]:
+        """What the YAML of the source's model card says of licence and origin; empty without a card."""
+        card = self.path / "README.md"
+        match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+        if not match:
+            return {}
+        import yaml
+
+        try:
+            body = yaml.safe_load(match.group(1))
+        except yaml.YAMLError:
+            return {}
+        return {key: body[key] for key in _LINEAGE_KEYS if key in body} if isinstance(body, dict) else {}
 
     def left_behind(self) -> list[str]:
         """Files of the source that are neither weights nor carried over (a README, code, other formats)."""

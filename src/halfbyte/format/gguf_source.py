@@ -64,13 +64,23 @@ class GgufSource:
         self.file_size = self._header.file_size
         self.config: dict[str, Any] = picture.config
         self.skipped = picture.skipped
-        self.notes = picture.notes
+        self.notes: Sequence[str] = picture.notes
         self._processor = picture.processor
         self._mapped = {tensor.name: tensor for tensor in picture.tensors}
         self.tensors: Sequence[TensorInfo] = [
             TensorInfo(t.name, "BF16", t.stored.shape, self.path.name, t.stored.start) for t in picture.tensors
         ]
         self._descriptor = os.open(self.path, os.O_RDONLY)
+
+    def lineage(self) -> dict[str, Any]:
+        """`general.license`, `general.name` and their like from the metadata, without the prefix."""
+        keys = ("license", "license.name", "license.link", "name", "organization", "basename", "finetune")
+        found = {key.replace(".", "_"): self._header.metadata.get(f"general.{key}") for key in keys}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+
+    def left_behind(self) -> list[str]:
+        """A GGUF is one file: tensors without a place in the model are in `skipped` and `notes`."""
+        return []
 
     def companions(self) -> Mapping[str, Path | bytes]:
         """Tokenizer files and generation_config.json; converted once, on the first call (seconds).

@@ -70,7 +70,10 @@ class Source(Protocol):
     label       how a person calls it: the hub id or the path as given
     tensors     every tensor, in file order (the order in which reading is sequential)
     config      parsed config.json of the model (for GGUF: built from its metadata)
+    notes       what the source cannot carry into the picture, one sentence each
     companions  files to carry over: name in the output folder -> bytes or the path to copy byte for byte
+    lineage     licence and origin as the source states them (`license`, `base_model`, ...), empty if it does not
+    left_behind names of files that are neither weights nor carried over
     """
 
     kind: str
@@ -78,8 +81,13 @@ class Source(Protocol):
     label: str
     tensors: Sequence[TensorInfo]
     config: dict[str, Any]
+    notes: Sequence[str]
 
     def companions(self) -> Mapping[str, Path | bytes]: ...
+
+    def lineage(self) -> dict[str, Any]: ...
+
+    def left_behind(self) -> list[str]: ...
 
     def read(self, info: TensorInfo, begin: int, end: int) -> torch.Tensor:
         """Elements [begin, end) of the flattened tensor as a 1-d CPU tensor of `info.dtype`; the caller owns it.

@@ -6,19 +6,14 @@ They are written after the last shard, config.json last of all: until it is ther
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from halfbyte.format.headers import INDEX_NAME
 from halfbyte.format.hf_config import config_json
 from halfbyte.format.shards import Shard, hash_file, index_json
 from halfbyte.format.tensors import Source
 from halfbyte.records import current_umask, write_text_atomic
-
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
-_LINEAGE_KEYS = ("license", "license_name", "license_link", "base_model", "language", "pipeline_tag")
 
 
 def carry_companions(source: Source, out: Path) -> dict[str, str]:
@@ -45,26 +40,3 @@ def write_index_and_config(
     write_text_atomic(out / "config.json", config_json(source.config, skip_modules))
     written.append("config.json")
     return {name: hash_file(out / name) for name in written}
-
-
-def lineage(source: Source) -> dict[str, Any]:
-    """Licence and origin as the source states them: its model card's YAML, or a GGUF's `general.*` metadata."""
-    metadata = getattr(source, "metadata", None)
-    if metadata:
-        return {
-            key.removeprefix("general."): value
-            for key, value in metadata.items()
-            if key
-            in {"general.license", "general.name", "general.organization", "general.basename", "general.finetune"}
-        }
-    card = source.path / "README.md"
-    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    if not match:
-        return {}
-    import yaml
-
-    try:
-        body = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:
-        return {}
-    return {key: body[key] for key in _LINEAGE_KEYS if key in body} if isinstance(body, dict) else {}

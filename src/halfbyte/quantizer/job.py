@@ -20,7 +20,6 @@ from typing import Any
 
 from halfbyte.errors import OutputError, UsageError
 from halfbyte.format.checkpoint import open_source
-from halfbyte.format.hf_config import check_unquantized
 from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
@@ -56,15 +55,14 @@ def quantize(
     Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model.
     raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
     """
-    from halfbyte.recipe.plan import make_plan
+    from halfbyte.recipe.survey import plan_of
 
     limit, out = parse_size(max_shard_size), Path(out)
     check_device(device)
     opened = open_source(source)
     try:
-        check_unquantized(opened.config, opened.label)
         target.check_place(opened, out)
-        plan = make_plan(opened.config, opened.tensors, preset=preset, allow_disagreement=allow_disagreement)
+        plan = plan_of(opened, preset=preset, allow_disagreement=allow_disagreement)
         return Job(opened, out, plan, limit, device).run(overwrite=overwrite)
     finally:
         opened.close()
@@ -222,8 +220,8 @@ class Job:
                 "source": {
                     "label": self.source.label,
                     "kind": self.source.kind,
-                    "lineage": carry.lineage(self.source),
-                    "left_behind": getattr(self.source, "left_behind", list)(),
+                    "lineage": self.source.lineage(),
+                    "left_behind": self.source.left_behind(),
                 },
                 "files": files,
                 "companions": {**companions, **extra},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from halfbyte.format.checkpoint import open_source, read_config
 from halfbyte.format.hf_config import check_unquantized
+from halfbyte.format.tensors import Source
 from halfbyte.recipe.decisions import Plan
 
 
@@ -28,9 +30,17 @@ def plan(
         return make_plan(config, tensors, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement)
     opened = open_source(source)
     try:
-        check_unquantized(opened.config, opened.label)
-        return make_plan(
-            opened.config, opened.tensors, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement
-        )
+        return plan_of(opened, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement)
     finally:
         opened.close()
+
+
+def plan_of(source: Source, *, preset: str | Path, allow_disagreement: bool, card_gb: float = 24) -> Plan:
+    """The plan of an open source, with what the source itself has to say among its notes; see `plan`."""
+    from halfbyte.recipe.plan import make_plan
+
+    check_unquantized(source.config, source.label)
+    made = make_plan(
+        source.config, source.tensors, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement
+    )
+    return replace(made, notes=[*made.notes, *source.notes])
