@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cards.paper_checkpoint import write_checkpoint
 
 from halfbyte.demo.tiny_gemma4 import gemma4_config
 
@@ -129,15 +130,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_writing_a_card_imports_nothing_heavy(tmp_path: Path) -> None:
-    sys_path = str(ROOT / "tests")
-    code = f"""
-import json, sys
-sys.path.insert(0, {sys_path!r})
-from pathlib import Path
-from cards.paper_checkpoint import FILL
-"""
-    del code
-    raise NotImplementedError(tmp_path)
+    folder = write_checkpoint(tmp_path / "tiny-nf4")
+    assert imported_by(PROBE, "card", str(folder)) & HEAVY == set()
+    assert (folder / "README.md").is_file(), "the command left before it wrote anything"
 
 
 def test_plan_imports_neither_bitsandbytes_nor_numba(tmp_path: Path) -> None:

@@ -13,13 +13,18 @@ from halfbyte.format.checkpoint import open_source
 @pytest.mark.parametrize(
     ("card", "says"),
     [
-        ("---\nlicense: gemma\nbase_model: google/x\nevil: 1\n---\n# t", {"license": "gemma", "base_model": "google/x"}),
+        (
+            "---\nlicense: gemma\nbase_model: google/x\nevil: 1\n---\n# t",
+            {"license": "gemma", "base_model": "google/x"},
+        ),
         ("no front matter", {}),
         ("---\n!!python/object/apply:os.system ['true']\n---\n", {}),
         ("---\n- a\n- b\n---\n", {}),
     ],
 )
-def test_a_model_card_s_yaml_is_read_as_data(tiny_gemma4: Path, tmp_path: Path, card: str, says: dict[str, str]) -> None:
+def test_a_model_card_s_yaml_is_read_as_data(
+    tiny_gemma4: Path, tmp_path: Path, card: str, says: dict[str, str]
+) -> None:
     folder = shutil.copytree(tiny_gemma4, tmp_path / "source")
     (folder / "README.md").write_text(card)
     source = open_source(folder)
