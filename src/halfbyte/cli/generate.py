@@ -15,7 +15,7 @@ from halfbyte.cli.show import print_json
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint that transformers can load.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Image file to show first; may be repeated.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Image file to show first; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
     do_sample: Annotated[bool | None, typer.Option(help="Sample instead of greedy decoding.")] = None,

@@ -203,45 +203,44 @@ class Job:
         extra = carry.write_index_and_config(self.source, self.out, self.shards, total, self.plan.skip_modules)
         write_record(self.out, "plan", self.plan.to_dict())
         files = {s.file: {k: journal.shards[s.file][k] for k in ("sha256", "bytes")} for s in self.shards}
-        seconds = time.perf_counter() - self.started
-        actions = {d.name: d.action for d in self.plan.decisions}
-        path = write_record(
-            self.out,
-            "quantize",
-            {
-                "job": identity,
-                "plan_digest": self.plan.digest,
-                "weights_digest": digest({name: entry["sha256"] for name, entry in files.items()}),
-                "options": {
-                    "preset": self.plan.preset["name"],
-                    "max_shard_bytes": self.max_shard_bytes,
-                    "blocksize": self.plan.blocksize,
-                },
-                "source": {
-                    "label": self.source.label,
-                    "kind": self.source.kind,
-                    "lineage": self.source.lineage(),
-                    "left_behind": self.source.left_behind(),
-                },
-                "files": files,
-                "companions": {**companions, **extra},
-                "tensors": {
-                    name: {"sha256": journal.tensors[name]["source_sha256"], "action": action}
-                    for name, action in actions.items()
-                },
-                "sizes": self._sizes(total),
-                "run": {
-                    "device": self.device,
-                    "cores": len(os.sched_getaffinity(0)),
-                    "seconds": round(seconds, 3),
-                    "resumed_tensors": self.resumed,
-                    "peak_rss_bytes": peak_rss_bytes(),
-                    "peak_gpu_bytes": peak_gpu_bytes(self.device),
-                },
+        body = {
+            "job": identity,
+            "plan_digest": self.plan.digest,
+            "weights_digest": digest({name: entry["sha256"] for name, entry in files.items()}),
+            "options": {
+                "preset": self.plan.preset["name"],
+                "max_shard_bytes": self.max_shard_bytes,
+                "blocksize": self.plan.blocksize,
             },
-        )
+            "source": {
+                "label": self.source.label,
+                "kind": self.source.kind,
+                "lineage": self.source.lineage(),
+                "left_behind": self.source.left_behind(),
+            },
+            "files": files,
+            "companions": {**companions, **extra},
+            "tensors": {
+                d.name: {"sha256": journal.tensors[d.name]["source_sha256"], "action": d.action}
+                for d in self.plan.decisions
+            },
+            "sizes": self._sizes(total),
+            "run": self._run_figures(),
+        }
+        path = write_record(self.out, "quantize", body)
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
+
+    def _run_figures(self) -> dict[str, Any]:
+        """What this run took, on what."""
+        return {
+            "device": self.device,
+            "cores": len(os.sched_getaffinity(0)),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "resumed_tensors": self.resumed,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": peak_gpu_bytes(self.device),
+        }
 
     def _sizes(self, total: int) -> dict[str, Any]:
         """Bytes of tensor data before and after; weights counted once."""

@@ -11,6 +11,7 @@ the first token is reported apart from the rate of the rest.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,8 @@ class Chat:
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise UsageError(f"unknown device {device!r}", where="--device", todo="use auto, cpu, cuda or cuda:N")
         if device != "cpu" and not torch.cuda.is_available():
             raise UsageError("torch sees no CUDA device", where=f"--device {device}", todo="use --device cpu")
         self.device = device
