@@ -1,6 +1,6 @@
 """What does NF4 cost SmolLM2-135M-Instruct in perplexity on WikiText-2?
 
-    python benchmarks/perplexity.py                                  about two minutes on two cores
+    python benchmarks/perplexity.py                                  a minute or two on two cores
     python benchmarks/perplexity.py --text wiki.test.raw --windows 40
 
 Three sets of weights, put in turn into one fp32 model, so that all run in identical arithmetic on identical tokens:
@@ -53,7 +53,7 @@ REPLACED_FIRST = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 REPLACED_LAST = {
     "= = = =": "====", "= = =": "===", "= =": "==", " ° ": "°", " \n": "\n", "\n ": "\n", " N ": " 1 ", " 's": "'s",
 }  # fmt: skip
-ENCLOSING = ("()", "[]", "{}", '""', "''")
+ENCLOSING = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 
 
 def detokenize(article: str) -> str:
