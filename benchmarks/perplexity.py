@@ -1,6 +1,6 @@
 """What does NF4 cost SmolLM2-135M-Instruct in perplexity on WikiText-2?
 
-    python benchmarks/perplexity.py                                  a minute or two on two cores
+    python benchmarks/perplexity.py                                  minutes on two cores
     python benchmarks/perplexity.py --text wiki.test.raw --windows 40
 
 Three sets of weights, put in turn into one fp32 model, so that all run in identical arithmetic on identical tokens:
@@ -17,7 +17,7 @@ them in the window; token 0 has no context and is not scored. perplexity = exp(m
 
 Uncertainty: windows differ far more in difficulty than models do, so models are compared window by window.
 d[w] = NLL[w](model) - NLL[w](source), each a mean over the window; log-ratio = mean d, s.e. = stdev(d) / sqrt(windows).
-The catch: neighbouring windows share an article, so this s.e. is a little small; and ten windows are the first two or three
+The catch: neighbouring windows share an article, so this s.e. is a little small; and ten windows lie in the first two
 articles of 62. The source is itself a 4-bit model: what Q4_1 lost against the original is in none of these figures.
 
 The last line is one JSON object.
@@ -225,4 +225,5 @@ if __name__ == "__main__":
     try:
         main()
     except HalfbyteError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

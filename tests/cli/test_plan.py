@@ -58,6 +58,8 @@ def test_unsloth_preset_on_the_31b_prints_601_and_410_and_that_they_disagree(run
     assert rows["transformers 4.x"][0] == rows["vLLM bitsandbytes plug-in"][0] == "410"
     assert rows["transformers 5.0-5.10"][0] == "601"
     assert "loaders disagree (601 / 410)" in outcome.out
+    marked = {loader for loader, cells in rows.items() if "DISAGREES" in cells}
+    assert marked == {"transformers 4.x", "vLLM bitsandbytes plug-in"}, "the plan is what the installed one makes"
 
 
 def test_disagreement_can_be_made_an_error(refused: Refused, config: Path) -> None:
