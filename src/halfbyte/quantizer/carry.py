@@ -13,7 +13,7 @@ from halfbyte.format.headers import INDEX_NAME
 from halfbyte.format.hf_config import config_json
 from halfbyte.format.shards import Shard, hash_file, index_json
 from halfbyte.format.tensors import Source
-from halfbyte.records import current_umask, write_text_atomic
+from halfbyte.records import write_bytes_atomic, write_text_atomic
 
 
 def carry_companions(source: Source, out: Path) -> dict[str, str]:
@@ -21,10 +21,7 @@ def carry_companions(source: Source, out: Path) -> dict[str, str]:
     hashes = {}
     for name, content in source.companions().items():
         data = content if isinstance(content, bytes) else content.read_bytes()
-        target, temporary = out / name, out / f".{name}.part"
-        temporary.write_bytes(data)
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(target)
+        write_bytes_atomic(out / name, data)
         hashes[name] = hashlib.sha256(data).hexdigest()
     return hashes
 

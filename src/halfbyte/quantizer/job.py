@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfbyte.device import check_device
 from halfbyte.errors import OutputError, UsageError
 from halfbyte.format.checkpoint import open_source
 from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
@@ -75,18 +76,6 @@ def parse_size(text: str) -> int:
     if not match or unit is None or (size := int(float(match.group(1)) * unit)) <= 0:
         raise UsageError(f"{text!r} is not a size", where="--max-shard-size", todo="write it as 5GB, 500MB or 4GiB")
     return size
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError unless `device` is `cpu` or a CUDA device that torch can use."""
-    if device == "cpu":
-        return
-    import torch
-
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}", where="--device", todo="use cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UsageError("torch sees no CUDA device", where=f"--device {device}", todo="use --device cpu: same bytes")
 
 
 @dataclass

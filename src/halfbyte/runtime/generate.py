@@ -11,12 +11,12 @@ the first token is reported apart from the rate of the rest.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.device import check_device
 from halfbyte.errors import SourceError, UsageError
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.runtime.images import open_image
@@ -72,10 +72,7 @@ class Chat:
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-            raise UsageError(f"unknown device {device!r}", where="--device", todo="use auto, cpu, cuda or cuda:N")
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UsageError("torch sees no CUDA device", where=f"--device {device}", todo="use --device cpu")
+        check_device(device)
         self.device = device
         self.auto_class = auto_class_of(self.config)
         try:
