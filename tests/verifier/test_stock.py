@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from verifier import surgery
 
+from halfbyte.errors import UsageError
 from halfbyte.verifier import sentences, verify
 from halfbyte.verifier.stock import check_stock, judge, run_probe
 
@@ -145,3 +146,9 @@ def test_good_checkpoint_answers_on_a_gpu(good: Path, plan: Any) -> None:
     checks, report = check_stock(good, packed(good), plan, "cuda")
     assert {check.status for check in checks} == {"passed"}, report
     assert report["device"] == "cuda"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x"])
+def test_unknown_device_is_refused_before_any_check(good: Path, device: str) -> None:
+    with pytest.raises(UsageError, match="unknown device"):
+        verify(good, device=device)

@@ -97,7 +97,10 @@ class TensorWork:
             output_hash.update(codes)
             target.write(info.name, begin // 2, codes)
             scales.append(absmax.cpu())
-        nested = codec.nest_absmax(torch.cat(scales), threads=1)
+        try:
+            nested = codec.nest_absmax(torch.cat(scales), threads=1)
+        except NonFiniteWeight as error:  # finite scales whose mean overflows float32
+            raise _non_finite(info, error.what) from error
         parts = {
             "absmax": nested.absmax,
             "quant_map": torch.tensor(codec.NF4_LEVELS, dtype=torch.float32),
@@ -133,9 +136,9 @@ def check_finite(piece: torch.Tensor, info: TensorInfo) -> None:
         raise _non_finite(info)
 
 
-def _non_finite(info: TensorInfo) -> NonFiniteWeight:
+def _non_finite(info: TensorInfo, what: str = "holds NaN or infinity") -> NonFiniteWeight:
     return NonFiniteWeight(
-        "holds NaN or infinity",
+        what,
         where=f"{info.file}: tensor {info.name}",
         todo="the checkpoint is damaged: download that shard again",
     )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.device import check_device
 from halfbyte.errors import HalfbyteError, SourceError, UsageError
 from halfbyte.format.checkpoint import SafetensorsSource, open_source
 from halfbyte.format.tensors import Source
@@ -52,9 +53,10 @@ def verify(
               scales_differing}], "loaders": the linter's matrix, "stock": the loader's report with `answers`: [{prompt,
               image, answer, tokens, seconds, tokens_per_second, finite}], "weights_digest", "with_source", "seconds"}; `sentences` puts the
               failed checks into words
-    raises    UsageError if `out` is no folder, SourceError if its records or the source cannot be read
+    raises    UsageError if `out` is no folder or `device` cannot be used, SourceError if its records or the source cannot be read
     """
     out = Path(out)
+    check_device(device)
     if not out.is_dir():
         raise UsageError("is not a folder", where=str(out), todo="name the folder of a checkpoint")
     opened = open_source(source) if isinstance(source, str | Path) else source
