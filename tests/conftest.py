@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from halfbyte.demo.tiny_gemma4 import write_tiny_gemma4
 
     return write_tiny_gemma4(tmp_path_factory.mktemp("source") / "tiny-gemma4")
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch on one thread, here and in every child: for tests that load and ask models this small.
+
+    Their layers cost less than a thread's wait for another: with two, a busy machine takes ten times as long.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

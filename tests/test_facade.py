@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from importlib import import_module
 
 import pytest
 
 import halfbyte
-from halfbyte.runtime.generate import GENERATION_OPTIONS
+from halfbyte.cli import generate as generate_command
+from halfbyte.cli.main import app
+from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 
 #: how a command shows its result, which a function does not need
 DISPLAY = {"json", "tensors"}
@@ -19,6 +22,22 @@ OBJECTS = {"stream", "options", "plan"}
 def test_every_public_name_resolves_and_is_listed() -> None:
     assert dir(halfbyte) == sorted(halfbyte.__all__)
     assert all(getattr(halfbyte, name).__name__ == name for name in halfbyte.__all__)
+
+
+def test_what_a_type_checker_sees_is_what_is_resolved() -> None:
+    """Three lists name the public names: imports under TYPE_CHECKING, where each is looked up, and `__all__`."""
+    tree = ast.parse(inspect.getsource(halfbyte))
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    imported = {
+        alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert imported == halfbyte._HOME
+    assert sorted(imported) == sorted(halfbyte.__all__)
+
+
+def test_every_verb_is_a_command_and_the_demo_is_the_only_other() -> None:
+    verbs = {name for name in halfbyte.__all__ if inspect.isfunction(getattr(halfbyte, name))}
+    assert {command.name for command in app.registered_commands} == verbs | {"demo"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -36,3 +55,8 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
         assert set(options) - set(parameters) == set(GENERATION_OPTIONS)
         options = {n: default or () if n == "image" else default for n, default in options.items() if n in parameters}
     assert options == parameters
+
+
+def test_without_options_python_writes_as_many_tokens_as_the_command() -> None:
+    default = inspect.signature(generate_command.command).parameters["max_new_tokens"].default
+    assert generation_settings({})["max_new_tokens"] == default

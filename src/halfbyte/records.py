@@ -26,6 +26,8 @@ from halfbyte.errors import SourceError
 
 FOLDER = "halfbyte"
 SCHEMA = 1
+#: ends the name of a file that is not yet what it will be; ours alone, so that it may be swept away
+_UNFINISHED = ".halfbyte-part"
 PACKAGES = ("halfbyte", "torch", "transformers", "bitsandbytes", "safetensors", "numpy", "numba", "gguf", "accelerate")
 
 
@@ -52,9 +54,12 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
     A temporary file in the same folder is fsynced and renamed over the target. Its mode follows the umask (tempfile
     and safetensors both leave 0600, which hides a file from the next user of the folder).
+
+    The catch: a process killed before the rename leaves the temporary file behind (see `sweep_leftovers`). Its name is
+    random all the same: with a fixed one, two writers of one file would rename each other's half-written bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
@@ -65,6 +70,15 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed writers left in `folder` (which need not be there).
+
+    Only for a process that holds the folder's lock: the temporary file of a writer at work has the same name.
+    """
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def current_umask() -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cli.conftest import Refused
 
 from halfbyte.format.headers import read_checkpoint
@@ -34,9 +35,25 @@ def test_an_option_that_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_that_is_not_there_is_refused_before_work_begins(
+    refused: Refused, tiny_gemma4: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for arguments in (
+        ["quantize", tiny_gemma4, tmp_path / "out"], ["verify", finished], ["generate", finished, "--prompt", "?"],
+    ):  # fmt: skip
+        message = refused(*arguments, "--device", "cuda:7")
+        assert "there is no CUDA device 7" in message
+        assert message.endswith("torch sees cuda:0\n")
+    assert not (tmp_path / "out").exists()
+    assert not (finished / "halfbyte" / "verify.json").exists()
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.gguf"])
 @pytest.mark.parametrize("verb", ["plan", "quantize"])
-def test_a_missing_source_is_refused(refused: Refused, tmp_path: Path, verb: str) -> None:
-    missing = tmp_path / "absent"
+def test_a_missing_source_is_refused(refused: Refused, tmp_path: Path, verb: str, name: str) -> None:
+    missing = tmp_path / name
     arguments = [missing] if verb == "plan" else [missing, tmp_path / "out"]
     message = refused(verb, *arguments)
     assert "no such file or folder" in message
@@ -47,6 +64,11 @@ def test_a_missing_source_is_refused(refused: Refused, tmp_path: Path, verb: str
 def test_a_missing_checkpoint_is_refused(refused: Refused, tmp_path: Path, verb: str) -> None:
     more = {"push": ["org/name"], "generate": ["--prompt", "hello"]}.get(verb, [])
     assert str(tmp_path / "absent") in refused(verb, tmp_path / "absent", *more)
+
+
+def test_a_card_for_what_quantize_did_not_write_is_refused(refused: Refused, source: Path) -> None:
+    assert "no quantize record" in refused("card", source)
+    assert not (source / "README.md").exists()
 
 
 def test_a_hub_id_without_network_is_refused_in_one_message(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,32 @@ import pytest
 from verifier import surgery
 
 from halfbyte.errors import UsageError
-from halfbyte.verifier import sentences, verify
+from halfbyte.verifier import sentences, stock_probe, verify
 from halfbyte.verifier.stock import check_stock, judge, run_probe
 
+Report = Callable[[Path], dict[str, Any]]
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers this small cost less than a thread's wait for another: with two, a busy machine takes ten times as long."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def report_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
+    """The child's program run in this process, which has imported transformers already: what it writes about a folder.
+
+    The first test and the last ones run it as a child; what it finds in a broken checkpoint does not depend on that.
+    """
+
+    def report(folder: Path) -> dict[str, Any]:
+        place = tmp_path / "report.json"
+        monkeypatch.setattr(sys, "argv", ["stock_probe", str(folder), "cpu", str(place)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # to the child a warning is no error
+            stock_probe.main()
+        body: dict[str, Any] = json.loads(place.read_text())
+        return body
+
+    return report
 
 
 def by_id(checks: list[Any]) -> dict[str, Any]:
@@ -44,36 +65,37 @@ def test_good_checkpoint_loads_and_answers_text_and_image(good: Path, tiny_gemma
     assert {path.name for path in (good / "halfbyte").iterdir()} == {"verify.json", "generate.json"}
 
 
-def test_lost_layer_scalar_is_seen_by_the_loader(good: Path) -> None:
+def test_lost_layer_scalar_is_seen_by_the_loader(good: Path, report_of: Report) -> None:
     name = "model.language_model.layers.3.layer_scalar"
     surgery.drop(good, name)
-    checks, _ = check_stock(good, packed(good), None, "cpu")
-    assert by_id(checks)["load"].where == name
+    assert by_id(judge(report_of(good), packed(good), None))["load"].where == name
 
 
-def test_quantized_vision_tower_is_more_linear4bit_than_planned(everything_quantized: Path, plan: Any) -> None:
-    checks, _ = check_stock(everything_quantized, packed(everything_quantized), plan, "cpu")
-    check = by_id(checks)["modules"]
+def test_quantized_vision_tower_is_more_linear4bit_than_planned(
+    everything_quantized: Path, plan: Any, report_of: Report
+) -> None:
+    check = by_id(judge(report_of(everything_quantized), packed(everything_quantized), plan))["modules"]
     assert check.status == "failed"
     assert "became Linear4bit, the plan keeps it" in check.detail
 
 
-def test_lost_quant_state_is_a_layer_without_one(good: Path) -> None:
+def test_lost_quant_state_is_a_layer_without_one(good: Path, report_of: Report) -> None:
     surgery.drop(good, "model.language_model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4")
-    checks, report = check_stock(good, packed(good), None, "cpu")
+    report = report_of(good)
+    checks = judge(report, packed(good), None)
     assert "failed" in {check.status for check in checks}, report
 
 
-def test_nan_in_a_norm_gives_logits_that_are_not_finite(good: Path) -> None:
+def test_nan_in_a_norm_gives_logits_that_are_not_finite(good: Path, report_of: Report) -> None:
     name = "model.language_model.norm.weight"
     surgery.replace(good, name, lambda t: (t[0], t[1], b"\xc0\x7f" + t[2][2:]))
-    checks, _ = check_stock(good, packed(good), None, "cpu")
+    checks = judge(report_of(good), packed(good), None)
     assert "logits are not finite" in by_id(checks)["answers"].detail
 
 
-def test_broken_tokenizer_fails_the_answers_and_not_the_load(good: Path) -> None:
+def test_broken_tokenizer_fails_the_answers_and_not_the_load(good: Path, report_of: Report) -> None:
     (good / "tokenizer.json").write_text("no")
-    checks = by_id(check_stock(good, packed(good), None, "cpu")[0])
+    checks = by_id(judge(report_of(good), packed(good), None))
     assert checks["load"].status == "passed"
     assert checks["answers"].status == "failed"
 

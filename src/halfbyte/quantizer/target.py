@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import OutputError, UsageError
+from halfbyte.format.headers import INDEX_NAME
 from halfbyte.format.tensors import Source
 from halfbyte.quantizer.journal import WORK_FOLDER, Journal
-from halfbyte.records import FOLDER, read_record
+from halfbyte.records import FOLDER, read_record, sweep_leftovers
 
 #: room left for journal, records and companions
 _SPARE_BYTES = 64 << 20
@@ -55,7 +56,7 @@ def check_ours(out: Path) -> None:
 def remove_finished(out: Path, record: dict[str, Any]) -> None:
     """Delete what a finished job wrote, by its own record; files it did not write stay."""
     (out / "config.json").unlink(missing_ok=True)
-    for name in (*record["files"], *record["companions"], "model.safetensors.index.json", "README.md"):
+    for name in (*record["files"], *record["companions"], INDEX_NAME, "README.md"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
@@ -77,11 +78,15 @@ def check_room(out: Path, needed: int) -> None:
 def open_journal(out: Path, identity: str, detail: dict[str, Any], *, overwrite: bool) -> Journal:
     """The journal of this job in `out`: continued if it is the same job, begun if there is none.
 
+    Whatever a killed run left half-written under a temporary name goes first: now nobody else writes here.
+
     raises OutputError if `out` holds an unfinished job that is not this one and `overwrite` is off
     """
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out)
     try:
+        for folder in (out, out / FOLDER):
+            sweep_leftovers(folder)
         if journal.job is not None and journal.job["job"] != identity:
             if not overwrite:
                 raise OutputError(
@@ -89,8 +94,8 @@ def open_journal(out: Path, identity: str, detail: dict[str, Any], *, overwrite:
                     where=str(out),
                     todo="run it as it was begun to finish it, or start over with --overwrite",
                 )
-            for shard in journal.shards:
-                (out / shard).unlink(missing_ok=True)
+            for name in ("config.json", INDEX_NAME, *journal.shards):
+                (out / name).unlink(missing_ok=True)
             journal.forget()
         if journal.job is None:
             journal.append({"job": identity, "detail": detail})

@@ -23,7 +23,7 @@ bitsandbytes quantization (is_layer_skipped_bnb) and `hf_to_vllm_mapper` of its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -194,13 +194,27 @@ def check_patterns(skip_modules: Sequence[str]) -> None:
             ) from None
 
 
+def mark_of(row: Mapping[str, Any], matrix: Mapping[str, Any]) -> str:
+    """What a table says beside one loader of the matrix; nothing beside one that agrees with the plan.
+
+    A list written verbatim makes the plan whatever the installed transformers makes of it, so "the plan" would name the
+    wrong side: the others differ from *that* reading.
+    """
+    if row["agrees"]:
+        return ""
+    installed = matrix["transformers_installed"]
+    return f"differs from {installed['label']}" if installed["agrees"] else "differs from this plan"
+
+
 def matrix_lines(matrix: dict[str, Any]) -> list[str]:
     """The matrix as lines of text, for the message of a disagreement."""
     lines = []
     for row in matrix.values():
         by_area = ", ".join(f"{count} {area}" for area, count in row["by_area"].items()) or "none"
-        mark = "" if row["agrees"] else "  <- differs"
-        lines.append(f"{row['label']}: {row['modules']} modules in 4 bits ({by_area}){mark}")
+        mark = mark_of(row, matrix)
+        lines.append(
+            f"{row['label']}: {row['modules']} modules in 4 bits ({by_area})" + (f"  <- {mark}" if mark else "")
+        )
         lines += [f"    4-bit there, kept in the plan: {name}" for name in row["extra"][:2]]
         lines += [f"    kept there, nf4 in the plan:   {name}" for name in row["missing"][:2]]
     return lines
