@@ -33,11 +33,8 @@ from halfbyte.codec.workers import for_each_step
 #: Weights per step of work: small enough to share out evenly, large enough to hide the 20 us a step costs.
 STEP = 1 << 20
 
-_DEQUANTIZE = {
-    torch.bfloat16: loops.dequantize_bf16,
-    torch.float16: loops.dequantize_f16,
-    torch.float32: loops.dequantize_f32,
-}
+#: dtype of a result -> how numpy and the compiled loop see its memory (loops._KINDS)
+_VIEWS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16, torch.float32: torch.float32}
 _compiling = threading.Lock()
 
 
@@ -137,12 +134,12 @@ def dequantize_blocks(
 def _dequantize_body(
     packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, blocksize: int, threads: int
 ) -> None:
-    loop = _compiled(_DEQUANTIZE[out.dtype])
-    codes, scales, levels, values = packed.numpy(), absmax.numpy(), nf4_levels().numpy(), out.view(torch.uint8).numpy()
-    width = out.element_size()
+    loop = _compiled(loops.dequantize)
+    codes, scales, levels = packed.numpy(), absmax.numpy(), nf4_levels().numpy()
+    values = out.view(_VIEWS[out.dtype]).numpy()
 
     def job(begin: int, end: int) -> None:
         blocks = slice(begin // blocksize, end // blocksize)
-        loop(codes[begin // 2 : end // 2], scales[blocks], levels, values[begin * width : end * width], blocksize)
+        loop(codes[begin // 2 : end // 2], scales[blocks], levels, values[begin:end], blocksize)
 
     for_each_step(job, out.numel(), STEP, threads)

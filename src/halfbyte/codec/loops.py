@@ -150,84 +150,63 @@ def _planes(builder, products, kind):
     return [builder.trunc(builder.lshr(values, constant(8 * k)), _BYTES) for k in range(width)]
 
 
-def _expand_to(kind):
-    """The vector step of dequantizing, as a function for compiled code: 16 bytes of codes to 32 values."""
-
-    @intrinsic
-    def expand(typingctx, packed, byte, levels, scale, out):
-        """out[2 * width * byte : ...] = the 32 values of packed[byte : byte + 16], bytes in memory order (little-endian).
-
-        packed uint8, levels float32 [16], scale float32, out uint8; arrays flat
-        """
-
-        def codegen(context, builder, signature, args):
-            def pointer(position, index, vector):
-                data = make_array(signature.args[position])(context, builder, args[position]).data
-                return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
-
-            index, floats = args[1].type, ir.VectorType(ir.FloatType(), 16)
-            scales = builder.insert_element(ir.Constant(floats, ir.Undefined), args[3], ir.IntType(32)(0))
-            scales = builder.shuffle_vector(scales, scales, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
-            products = builder.fmul(builder.load(pointer(2, index(0), floats), align=4), scales)
-            tables = _planes(builder, products, kind)
-            codes = builder.load(pointer(0, args[1], _BYTES), align=1)
-            high = builder.lshr(codes, ir.Constant(_BYTES, [4] * 16))
-            low = builder.and_(codes, ir.Constant(_BYTES, [15] * 16))
-            start = builder.mul(args[1], index(2 * len(tables)))
-            for half in (0, 8):
-                chosen = _interleave(builder, high, low, half, half + 8)
-                parts = [_shuffle(builder, table, chosen) for table in tables]
-                while len(parts) > 1:  # bytes to 16-bit values, and those to 32-bit values
-                    joined = [_interleave(builder, a, b, 0, 16) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-                    wide = ir.VectorType(ir.IntType(2 * parts[0].type.element.width), 16)
-                    parts = [builder.bitcast(part, wide) for part in joined]
-                where = builder.add(start, index(2 * len(tables) * half))
-                builder.store(parts[0], pointer(4, where, parts[0].type), align=1)
-            return context.get_dummy_value()
-
-        return types.void(packed, byte, levels, scale, out), codegen
-
-    return expand
+#: numba type of a result's elements -> the format whose bits they are (numba has no bf16)
+_KINDS = {types.int16: "bf16", types.uint16: "f16", types.float32: "f32"}
 
 
-_expand_bf16, _expand_f16, _expand_f32 = _expand_to("bf16"), _expand_to("f16"), _expand_to("f32")
+@intrinsic
+def _expand(typingctx, packed, byte, levels, scale, out):
+    """The vector step of dequantizing: out[2 * byte : 2 * byte + 32] = values of the codes packed[byte : byte + 16].
+
+    packed uint8, levels float32 [16], scale float32, out one of _KINDS; arrays flat
+    """
+    kind = _KINDS[out.dtype]
+
+    def codegen(context, builder, signature, args):
+        def pointer(position, index, vector):
+            data = make_array(signature.args[position])(context, builder, args[position]).data
+            data = builder.bitcast(data, ir.IntType(8).as_pointer())
+            return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+        index, floats = args[1].type, ir.VectorType(ir.FloatType(), 16)
+        scales = builder.insert_element(ir.Constant(floats, ir.Undefined), args[3], ir.IntType(32)(0))
+        scales = builder.shuffle_vector(scales, scales, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
+        products = builder.fmul(builder.load(pointer(2, index(0), floats), align=4), scales)
+        tables = _planes(builder, products, kind)
+        codes = builder.load(pointer(0, args[1], _BYTES), align=1)
+        high = builder.lshr(codes, ir.Constant(_BYTES, [4] * 16))
+        low = builder.and_(codes, ir.Constant(_BYTES, [15] * 16))
+        start = builder.mul(args[1], index(2 * len(tables)))
+        for half in (0, 8):
+            chosen = _interleave(builder, high, low, half, half + 8)
+            parts = [_shuffle(builder, table, chosen) for table in tables]
+            while len(parts) > 1:  # bytes to 16-bit values, and those to 32-bit values
+                joined = [_interleave(builder, a, b, 0, 16) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+                wide = ir.VectorType(ir.IntType(2 * parts[0].type.element.width), 16)
+                parts = [builder.bitcast(part, wide) for part in joined]
+            where = builder.add(start, index(2 * len(tables) * half))
+            builder.store(parts[0], pointer(4, where, parts[0].type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(packed, byte, levels, scale, out), codegen
 
 
-def dequantize_bf16(packed, absmax, levels, out, blocksize):
-    """packed codes of whole blocks -> bytes of bf16."""
+def dequantize(packed, absmax, levels, out, blocksize):
+    """packed codes of whole blocks -> values; the element type of `out` says which (_KINDS)."""
     half_block = np.uintp(blocksize >> 1)
     for block in range(absmax.size):
         first = np.uintp(block) * half_block
         for i in range(np.uintp(0), half_block, np.uintp(16)):
-            _expand_bf16(packed, first + np.uintp(i), levels, absmax[block], out)
+            _expand(packed, first + np.uintp(i), levels, absmax[block], out)
 
-
-def dequantize_f16(packed, absmax, levels, out, blocksize):
-    """packed codes of whole blocks -> bytes of f16."""
-    half_block = np.uintp(blocksize >> 1)
-    for block in range(absmax.size):
-        first = np.uintp(block) * half_block
-        for i in range(np.uintp(0), half_block, np.uintp(16)):
-            _expand_f16(packed, first + np.uintp(i), levels, absmax[block], out)
-
-
-def dequantize_f32(packed, absmax, levels, out, blocksize):
-    """packed codes of whole blocks -> bytes of float32."""
-    half_block = np.uintp(blocksize >> 1)
-    for block in range(absmax.size):
-        first = np.uintp(block) * half_block
-        for i in range(np.uintp(0), half_block, np.uintp(16)):
-            _expand_f32(packed, first + np.uintp(i), levels, absmax[block], out)
-
-
-_DEQUANTIZE = "void(uint8[::1], float32[::1], float32[::1], uint8[::1], int64)"
 
 #: What numba compiles, and for which types.
 SIGNATURES = {
     quantize_16bit: "void(int16[::1], int16[:,::1], float32[::1], uint8[::1], float32[::1], int64)",
     quantize_f32: "void(int32[::1], float32[::1], float32[::1], uint8[::1], int32[::1], float32[::1], int64)",
     nest: "void(float32[::1], uint8[::1], uint8[::1], float32[::1])",
-    dequantize_bf16: _DEQUANTIZE,
-    dequantize_f16: _DEQUANTIZE,
-    dequantize_f32: _DEQUANTIZE,
+    dequantize: [
+        f"void(uint8[::1], float32[::1], float32[::1], {values}[::1], int64)"
+        for values in ("int16", "uint16", "float32")
+    ],
 }
