@@ -143,6 +143,16 @@ def quantize_body(folder: Path, plan: dict[str, Any], label: str) -> dict[str, A
             "parameters": numel,
             "bits_per_weight": round(8 * total / numel, 4),
         },
+        "lattice": {
+            "tensors": [
+                {"name": "model.layers.0.mlp.up_proj.weight", "verdict": "exactly", "grid": "int4", "blocksize": 32}
+            ],
+            "summary": {
+                "quantized": 1,
+                "sentence": "the source lies exactly on an int4 grid in 1 of 1 quantized tensors",
+            },
+            "sampled_weights": 8192,
+        },
         "run": {
             "device": "cpu",
             "cores": 2,

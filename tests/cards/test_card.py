@@ -234,6 +234,15 @@ def test_figure_without_its_uncertainty_is_refused(checkpoint: Path, key: str) -
         card(checkpoint)
 
 
+def test_card_says_whether_the_source_was_on_a_grid_if_the_record_does(checkpoint: Path) -> None:
+    said = "Probed: the source lies exactly on an int4 grid in 1 of 1 quantized tensors (8,192 weights looked at)."
+    assert said in section(written(checkpoint), "NF4 is not q4_0")
+    edit(checkpoint, "quantize", lambda body: body["lattice"]["summary"].update(sentence=EVIL))
+    assert "<script>" not in written(checkpoint)
+    edit(checkpoint, "quantize", lambda body: body.pop("lattice"))
+    assert "Probed" not in written(checkpoint)
+
+
 def test_card_needs_no_torch(checkpoint: Path) -> None:
     heavy = ("torch", "transformers", "bitsandbytes", "numba", "numpy")
     program = f"import sys; from halfbyte.cards import card; card({str(checkpoint)!r}); print(*set({heavy}) & set(sys.modules))"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,10 @@ def test_unsloth_preset_on_the_31b_prints_601_and_410_and_that_they_disagree(run
     assert rows["transformers 4.x"][0] == rows["vLLM bitsandbytes plug-in"][0] == "410"
     assert rows["transformers 5.0-5.10"][0] == "601"
     assert "loaders disagree (601 / 410)" in outcome.out
-    marked = {loader for loader, cells in rows.items() if "DISAGREES" in cells}
+    mark = f"differs from transformers {version('transformers')}"
+    marked = {loader for loader, cells in rows.items() if " ".join(cells).endswith(mark)}
     assert marked == {"transformers 4.x", "vLLM bitsandbytes plug-in"}, "the plan is what the installed one makes"
+    assert "this plan" not in outcome.out, "the plan is not the measure of a list that is written as given"
 
 
 def test_disagreement_can_be_made_an_error(refused: Refused, config: Path) -> None:
@@ -85,3 +88,20 @@ def test_a_config_that_is_not_json_is_refused(refused: Refused, config: Path) ->
 def test_a_model_type_that_transformers_does_not_know_is_refused(refused: Refused, config: Path) -> None:
     config.write_text(json.dumps({"model_type": "gemma5"}))
     assert "'gemma5'" in refused("plan", config)
+
+
+def test_probe_reads_weights_and_says_that_random_ones_are_on_no_grid(run: Run, tiny_gemma4: Path) -> None:
+    text = run("plan", tiny_gemma4, "--probe").out
+    found = json.loads(run("plan", tiny_gemma4, "--probe", "--json").out)["lattice"]
+    assert "lattice     the source is not on an int4 or NF4 grid" in text
+    assert found["summary"]["verdicts"]["no"] == found["summary"]["quantized"] == len(found["tensors"])
+    assert f"looked at   {found['sampled_weights']:,} weights" in text
+
+
+def test_without_probe_nothing_is_said_of_a_lattice(run: Run, tiny_gemma4: Path) -> None:
+    assert "lattice" not in run("plan", tiny_gemma4).out
+    assert json.loads(run("plan", tiny_gemma4, "--json").out)["lattice"] is None
+
+
+def test_probe_of_a_bare_config_is_refused(refused: Refused, config: Path) -> None:
+    assert "a config.json has no weights to probe" in refused("plan", config, "--probe")

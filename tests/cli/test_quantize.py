@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from cli.conftest import Refused, Run
 
+from halfbyte.quantizer.job import Job
 from halfbyte.quantizer.journal import WORK_FOLDER, Journal
 
 
@@ -60,6 +62,26 @@ def test_another_job_in_an_unfinished_folder_is_refused(refused: Refused, tiny_g
     message = refused("quantize", tiny_gemma4, tmp_path / "out")
     assert "unfinished job that is not this one: " in message
     assert "plan was 'sha256:other'" in message
+
+
+def test_overwriting_an_unfinished_job_leaves_none_of_its_index_and_config(
+    run: Run, tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between config.json and the end, a job of several shards leaves both."""
+    out = tmp_path / "out"
+    assert run("quantize", tiny_gemma4, out, "--max-shard-size", "1MB").code == 0
+    journal = Journal(out)
+    journal.append({"job": "sha256:other", "detail": {"plan": "sha256:other"}})
+    for name in weights(out):
+        journal.append({"shard": name, "sha256": "", "bytes": 0})
+    journal.close()
+    during: list[set[str]] = []
+    stream = Job._stream
+    monkeypatch.setattr(Job, "_stream", lambda *given: (during.append(set(os.listdir(out))), stream(*given)))
+    assert run("quantize", tiny_gemma4, out, "--overwrite").code == 0
+    assert "config.json" not in during[0], "until the last shard is there, no loader may take the folder for a model"
+    assert not (out / "model.safetensors.index.json").exists()
+    assert list(weights(out)) == ["model.safetensors"]
 
 
 def test_a_folder_that_another_process_writes_is_refused(refused: Refused, tiny_gemma4: Path, tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def file_table(evidence: Evidence) -> Markdown:
     return table(["File", "Bytes:", "sha256"], rows)
 
 
+def lattice_words(evidence: Evidence) -> Markdown | None:
+    """Whether the source was on an int4 or NF4 grid already, and on how many weights that rests; None if not recorded."""
+    found = evidence.quantize.get("lattice") or {}
+    sentence, sampled = found.get("summary", {}).get("sentence"), count(found.get("sampled_weights"))
+    if not sentence or not sampled:
+        return None
+    said = " ".join(str(sentence).split())
+    return joined([Markdown("Probed: "), said, Markdown(f" ({sampled} weights looked at).")], "")
+
+
 def licence_words(lineage: Mapping[str, Any], licence: Mapping[str, str], given: str | None) -> Markdown:
     """What is known of the licence, and who says so."""
     if not licence:

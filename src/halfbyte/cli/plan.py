@@ -17,14 +17,17 @@ def command(
     allow_disagreement: Annotated[
         bool, typer.Option(help="Only show loaders that disagree, or refuse with exit code 2.")
     ] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Read a sample of the weights: do they lie on an int4 or NF4 grid?")
+    ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor with its decision.")] = False,
     json: JSON_OPTION = False,
 ) -> None:
-    """Decide for every tensor, count, and check the skip list in every loader; no weights are read."""
+    """Decide for every tensor, count, and check the skip list in every loader; no weights are read without --probe."""
     from halfbyte.recipe.survey import plan
 
     with listen():
-        made = plan(source, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement)
+        made = plan(source, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement, probe=probe)
     if json:
         body = {"digest": made.digest, **made.summary, **made.to_dict()}
         if not tensors:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from halfbyte.recipe.linter import mark_of
+
 GIB = 2**30
 _SHOWN_REASONS = 3
 
@@ -15,6 +17,8 @@ def render(plan: dict[str, Any], *, with_tensors: bool = False) -> str:
     sections = [_head(plan), _areas(plan), _sizes(plan["summary"]), _loaders(plan)]
     if plan["notes"]:
         sections.append(["notes", *(f"  - {note}" for note in plan["notes"])])
+    if plan.get("lattice"):
+        sections.append(_lattice(plan["lattice"]))
     if with_tensors:
         sections.append(["tensors", *_tensors(plan["decisions"])])
     return "\n\n".join("\n".join(section) for section in sections)
@@ -69,7 +73,7 @@ def _loaders(plan: dict[str, Any]) -> list[str]:
     rows = [("loader", "Linear4bit", "by area", "")]
     for row in plan["loaders"].values():
         where = ", ".join(f"{count} {area}" for area, count in row["by_area"].items()) or "none"
-        rows.append((row["label"], str(row["modules"]), where, "" if row["agrees"] else "DISAGREES with this plan"))
+        rows.append((row["label"], str(row["modules"]), where, mark_of(row, plan["loaders"])))
     counts = {row["modules"] for row in plan["loaders"].values()}
     verdict = (
         "every loader agrees"
@@ -79,6 +83,21 @@ def _loaders(plan: dict[str, Any]) -> list[str]:
         )
     )
     return ["llm_int8_skip_modules: " + ", ".join(plan["skip_modules"]), *_table(rows), verdict]
+
+
+def _lattice(found: dict[str, Any]) -> list[str]:
+    """The sentence, and one line for each kind of finding."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for tensor in found["tensors"]:
+        unit = "rows" if tensor["blocksize"] == "row" else f"blocks of {tensor['blocksize']}"
+        grid = f"{tensor['grid']}, {unit}, {tensor['scale_dtype']} scales" if tensor["grid"] else "no grid"
+        rows.setdefault(f"{tensor['verdict']}: {grid}", []).append(tensor)
+    lines = [f"lattice     {found['summary']['sentence']}", f"looked at   {found['sampled_weights']:,} weights"]
+    for name, tensors in rows.items():
+        exact = [t["exact_fraction"] for t in tensors if t["exact_fraction"] is not None]
+        share = f", {100 * min(exact):.1f} to {100 * max(exact):.1f} % of blocks to the bit" if exact else ""
+        lines.append(f"  {len(tensors)} {name}{share}")
+    return lines
 
 
 def _tensors(decisions: list[dict[str, Any]]) -> Iterator[str]:

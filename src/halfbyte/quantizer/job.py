@@ -29,6 +29,7 @@ from halfbyte.quantizer import carry, target
 from halfbyte.quantizer.journal import Journal
 from halfbyte.quantizer.tensor_work import Stopped, TensorWork
 from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.recipe.probe import QUICK_SAMPLE, QUICK_TENSORS, probe
 from halfbyte.records import digest, write_record
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -214,6 +215,7 @@ class Job:
                 for d in self.plan.decisions
             },
             "sizes": self._sizes(total),
+            "lattice": probe(self.source, self.plan, sample=QUICK_SAMPLE, at_most=QUICK_TENSORS),
             "run": self._run_figures(),
         }
         path = write_record(self.out, "quantize", body)

@@ -52,6 +52,7 @@ class Plan:
     loaders        the linter's matrix: loader -> {"modules": count, "by_area": {...}, "agrees": bool}
     notes          things named, never skipped in silence: fused experts, tied weights, missing or unknown tensors
     summary        the numbers `halfbyte plan` prints: modules, bytes, areas, bits_per_weight, kv_cache, fit
+    lattice        what halfbyte.recipe.probe found in the weights; None: nobody looked. Not part of the digest
     """
 
     model: dict[str, Any]
@@ -63,13 +64,15 @@ class Plan:
     loaders: dict[str, Any]
     notes: list[str]
     summary: dict[str, Any] = field(default_factory=dict)
+    lattice: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Plan:
-        known = {key: body[key] for key in cls.__dataclass_fields__}
+        # records from before the probe have no `lattice`
+        known = {key: body[key] for key in cls.__dataclass_fields__ if key != "lattice" or key in body}
         known["decisions"] = [Decision(**{**d, "shape": tuple(d["shape"])}) for d in body["decisions"]]
         return cls(**known)
 
