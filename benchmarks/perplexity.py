@@ -30,7 +30,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -43,41 +42,11 @@ import torch
 import halfbyte
 from halfbyte.demo.smollm2 import smollm2_gguf
 from halfbyte.errors import HalfbyteError, SourceError, UsageError
+from halfbyte.evaluator.texts import wikitext_articles
 from halfbyte.format.gguf_source import GgufSource
 from halfbyte.records import versions
 
 Weights = dict[str, torch.Tensor]
-
-ARTICLE = re.compile(r"(?m)^(?= = [^=].* = $)")
-REPLACED_FIRST = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
-REPLACED_LAST = {
-    "= = = =": "====", "= = =": "===", "= =": "==", " ° ": "°", " \n": "\n", "\n ": "\n", " N ": " 1 ", " 's": "'s",
-}  # fmt: skip
-ENCLOSING = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
-
-
-def detokenize(article: str) -> str:
-    """Undo WikiText's tokenization by lm-eval's rules, in its order."""
-    for old, new in REPLACED_FIRST.items():
-        article = article.replace(old, new)
-    for mark in ":;.!?,":
-        article = article.replace(f" {mark} ", f"{mark} ")
-    for first, last in ENCLOSING:
-        inside = rf"{re.escape(first)}\s*([^{re.escape(last)}]*?)\s*{re.escape(last)}"
-        article = re.sub(inside, rf"{first}\1{last}", article)
-    for old, new in REPLACED_LAST.items():
-        article = article.replace(old, new)
-    return article
-
-
-def detokenized(raw: str) -> tuple[str, int]:
-    """The whole text with every article detokenized by itself; and how many articles there are."""
-    preamble, *articles = ARTICLE.split(raw)
-    if preamble.strip() or not articles:
-        raise UsageError(
-            "no article heading ` = Title = ` on top", where="--text", todo="give WikiText's wiki.test.raw"
-        )
-    return "".join(map(detokenize, articles)), len(articles)
 
 
 def cut(tokens: list[int], windows: int, length: int) -> torch.Tensor:
@@ -205,8 +174,8 @@ def main() -> None:
         parser.error("a standard error needs two windows, a window two tokens")
     torch.set_num_threads(2)
     gguf, path = inputs(options.text)
-    text, articles = detokenized(path.read_text(encoding="utf-8"))
-    losses, facts = score(gguf, text, options)
+    articles = wikitext_articles(path.read_text(encoding="utf-8"), str(path))
+    losses, facts = score(gguf, "".join(article.text for article in articles), options)
     rows, n = compare(losses), options.windows * (options.length - 1)
     show(
         rows,
@@ -215,7 +184,7 @@ def main() -> None:
     result = {
         "benchmark": "perplexity", "rows": rows, "n": n, "windows": options.windows, "length": options.length,
         "arithmetic": "float32", "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
-        "text": path.name, "text_sha256": sha256(path), "articles": articles, **facts,
+        "text": path.name, "text_sha256": sha256(path), "articles": len(articles), **facts,
         "window_nll": losses, "versions": versions(),
     }  # fmt: skip
     print(json.dumps(result))

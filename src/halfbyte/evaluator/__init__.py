@@ -1,0 +1,1 @@
+"""What was lost: one harness for every candidate, paired statistics, honest intervals."""

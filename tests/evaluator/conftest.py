@@ -1,0 +1,40 @@
+"""Two small models to score with: the tiny Gemma 4 (softcap, tied, towers) and a tiny untied Llama with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluator.small_rows import random_rows
+
+import halfbyte
+from halfbyte.evaluator.rows import Rows
+
+
+@pytest.fixture(scope="session")
+def tiny_nf4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `halfbyte.quantize` writes of the tiny Gemma 4."""
+    out = tmp_path_factory.mktemp("nf4") / "tiny-gemma4-nf4"
+    halfbyte.quantize(tiny_gemma4, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with an output embedding of its own, bf16, written by transformers; no tokenizer."""
+    import torch
+    from recipe.small_models import llama
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**llama(num_hidden_layers=2), "initializer_range": 0.15, "tie_word_embeddings": False})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    return folder
+
+
+@pytest.fixture
+def gemma_rows() -> Rows:
+    return random_rows(low=363, high=900)
