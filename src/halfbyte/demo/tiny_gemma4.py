@@ -76,7 +76,7 @@ def write_tiny_gemma4(
             "top_p": 0.95,
         },
         "tokenizer_config.json": tokenizer_config(),
-        "processor_config.json": _processor_config(),
+        "processor_config.json": processor_config(),
     }
     for name, body in texts.items():
         write_text_atomic(folder / name, json.dumps(body, indent=2) + "\n")
@@ -184,7 +184,7 @@ def _vision_config() -> dict[str, Any]:
     }
 
 
-def _processor_config() -> dict[str, Any]:
+def processor_config() -> dict[str, Any]:
     """Image settings of Gemma 4: pixels in [0, 1], no mean or deviation, patches of 16, pools of 3 x 3."""
     pixels = {
         "do_convert_rgb": True,

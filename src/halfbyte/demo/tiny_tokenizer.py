@@ -1,7 +1,8 @@
 """The tiny Gemma 4's own tokenizer and chat template: Gemma 4's frame, none of Google's words.
 
 Gemma's tokenizer is a BPE over text whose spaces became `▁`, with 256 byte tokens as fallback. So is this one, trained
-on the paragraph below. Layout of the ids, V being the vocabulary size:
+on the paragraph below, or on whatever text it is given. No merge crosses a space, a line end or a digit, so every number
+is spelled digit by digit. Layout of the ids, V being the vocabulary size:
 
     0 .. 106      special tokens at Gemma 4's ids, `<unusedN>` between them
     107 .. 362    bytes `<0x00>` .. `<0xFF>`
@@ -84,9 +85,9 @@ def special_ids(vocab_size: int) -> dict[str, int]:
     return LOW | {token: vocab_size - 8 + i for i, token in enumerate(HIGH)}
 
 
-def write_tokenizer(path: Path, vocab_size: int) -> range:
-    """Train the BPE on TEXT, write tokenizer.json to `path`, return the ids of the words (characters and merges)."""
-    characters, merges = _learn(vocab_size - FIRST_WORD - 8)
+def write_tokenizer(path: Path, vocab_size: int, text: str = TEXT) -> range:
+    """Train the BPE on `text`, write tokenizer.json to `path`, return the ids of the words (characters and merges)."""
+    characters, merges = _learn(vocab_size - FIRST_WORD - 8, text)
     special = special_ids(vocab_size)
     vocab = dict(special) | {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)}
     for word in characters + ["".join(pair) for pair in merges]:
@@ -134,22 +135,22 @@ def write_tokenizer(path: Path, vocab_size: int) -> range:
     return words
 
 
-def _learn(room: int) -> tuple[list[str], list[list[str]]]:
-    """Characters of TEXT and at most `room` minus that many merges, in the order they were learned."""
-    from tokenizers import Tokenizer
+def _learn(room: int, text: str) -> tuple[list[str], list[list[str]]]:
+    """Characters of `text` (the 200 most frequent) and at most `room` minus that many merges, in the order they were learned."""
+    from tokenizers import Regex, Tokenizer
     from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import Split
+    from tokenizers.pre_tokenizers import Sequence, Split
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     # spaces lead a word, as in Gemma's vocabulary ("▁red"), so the training text is cut before each of them
-    tokenizer.pre_tokenizer = Split("▁", behavior="merged_with_next")
-    trainer = BpeTrainer(vocab_size=room, min_frequency=2, show_progress=False)
-    tokenizer.train_from_iterator([TEXT.replace(" ", "▁").replace("\n", "▁")], trainer)
+    tokenizer.pre_tokenizer = Sequence([Split("▁", behavior="merged_with_next"), Split(Regex(r"[0-9\n]"), "isolated")])
+    trainer = BpeTrainer(vocab_size=room, min_frequency=2, show_progress=False, limit_alphabet=200)
+    tokenizer.train_from_iterator([line.replace(" ", "▁") for line in text.splitlines(keepends=True)], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [list(pair) for pair in model["merges"]]
     made = {"".join(pair) for pair in merges}
-    return sorted({"\n", *(t for t in model["vocab"] if t not in made)}), merges
+    return sorted({"\n", "▁", *"0123456789", *(t for t in model["vocab"] if t not in made)}), merges
 
 
 def tokenizer_config() -> dict[str, Any]:
