@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from dataclasses import asdict
 from importlib import import_module
 
 import pytest
@@ -12,11 +13,12 @@ import halfbyte
 from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
+from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
 
 #: how a command shows its result, which a function does not need
 DISPLAY = {"json", "tensors"}
 #: what cannot be typed on a command line: a callback, keyword options, a Plan in hand
-OBJECTS = {"stream", "options", "plan"}
+OBJECTS = {"stream", "options", "plan", "training"}
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
@@ -45,12 +47,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         halfbyte.quantise  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "quantize", "verify", "generate", "card", "push"])
+@pytest.mark.parametrize("name", ["plan", "quantize", "verify", "generate", "card", "push", "qat"])
 def test_options_of_the_command_are_the_parameters_of_the_function(name: str) -> None:
     command = inspect.signature(import_module(f"halfbyte.cli.{name}").command).parameters
     function = inspect.signature(getattr(halfbyte, name)).parameters
     options = {n: p.default for n, p in command.items() if n not in DISPLAY}
     parameters = {n: p.default for n, p in function.items() if n not in OBJECTS}
+    if name == "qat":
+        defaults = asdict(Training())
+        assert {n: options.pop(n) for n in TRAINING_OPTIONS} == defaults
     if name == "generate":
         assert set(options) - set(parameters) == set(GENERATION_OPTIONS)
         options = {n: default or () if n == "image" else default for n, default in options.items() if n in parameters}

@@ -6,6 +6,7 @@
     generate   ask it something, through stock transformers       halfbyte.generate(out, "Name three primary colors.")
     card       write its model card from the records              halfbyte.card(out)
     push       upload it                                          halfbyte.push(out, "org/name")
+    qat        train a small model onto a 4-bit grid              halfbyte.qat(source, out, data="chats.jsonl")
 
 Each is a command of the same name with the same parameters. Importing this package imports nothing heavy: a name is
 resolved when it is first used.
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from halfbyte.recipe.decisions import Decision, Plan
     from halfbyte.recipe.survey import plan
     from halfbyte.runtime.generate import generate
+    from halfbyte.trainer.qat import qat
     from halfbyte.verifier import verify
 
-__all__ = ["Decision", "HalfbyteError", "Plan", "card", "generate", "plan", "push", "quantize", "verify"]
+__all__ = ["Decision", "HalfbyteError", "Plan", "card", "generate", "plan", "push", "qat", "quantize", "verify"]
 
 _HOME = {
     "Decision": "halfbyte.recipe.decisions",
@@ -35,6 +37,7 @@ _HOME = {
     "generate": "halfbyte.runtime.generate",
     "plan": "halfbyte.recipe.survey",
     "push": "halfbyte.cards",
+    "qat": "halfbyte.trainer.qat",
     "quantize": "halfbyte.quantizer.job",
     "verify": "halfbyte.verifier",
 }

@@ -16,6 +16,7 @@ Memory: 4 bytes a weight for the teacher, and 4 + 12 bytes a trained weight for 
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from halfbyte.format.checkpoint import open_source
 from halfbyte.format.shards import hash_file
 from halfbyte.format.tensors import Source
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
-from halfbyte.records import write_record
+from halfbyte.records import digest, write_record, write_text_atomic
 
 WORK = ".halfbyte-qat"
 
@@ -131,12 +132,13 @@ class _Run:
         from halfbyte.trainer.rows import batches_of, read_rows
 
         started = time.perf_counter()
-        modules = [
-            d.module
-            for d in plan_of(self.source, preset=preset, allow_disagreement=True).decisions
-            if d.action == "nf4"
-        ]
+        plan = plan_of(self.source, preset=preset, allow_disagreement=True)
+        modules = [d.module for d in plan.decisions if d.action == "nf4" and d.module]
+        data_sha256 = (
+            hash_file(Path(data)) if Path(data).is_file() else None
+        )  # read_rows says what is wrong with the others
         work = self.out / WORK
+        _same_job(work, {"source": self.source.label, "grid": self.grid, "data": data_sha256, "linears": modules})
         folder = work / "source"
         if not (folder / "config.json").exists():
             write_plain(self.source, folder, {})
@@ -148,16 +150,16 @@ class _Run:
         settings = Settings(
             steps, self.options.learning_rate, warmup=max(1, steps // 20), save_every=self.options.save_every
         )
-        curve, weights = train_onto_grid(folder, self.grid, [m for m in modules if m], batches, settings, self.device)
+        curve, weights = train_onto_grid(folder, self.grid, modules, batches, settings, self.device)
         write_plain(self.source, self.out, self._source_names(weights))
         shutil.rmtree(work)
         body = {
             "source": self.source.label,
             "grid": self.grid,
-            "modules": len(weights),
+            "modules": len(modules),
             "training": asdict(self.options),
-            "data": {"file": Path(data).name, "sha256": hash_file(Path(data)), "rows": len(rows)},
-            "loss": [curve[0], *curve[9::10]] if len(curve) > 20 else curve,
+            "data": {"file": Path(data).name, "sha256": data_sha256, "rows": len(rows)},
+            "loss": _summary(curve),
             "run": {
                 "seconds": round(time.perf_counter() - started, 1),
                 "device": self.device,
@@ -181,6 +183,30 @@ class _Run:
                 todo="this architecture cannot be trained onto a grid yet",
             )
         return found
+
+
+def _same_job(work: Path, job: dict[str, Any]) -> None:
+    """Note what this run trains on; raises OutputError if the unfinished run in `work` trained on something else."""
+    noted, digest_now = work / "job.json", digest(job)
+    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != digest_now:
+        raise OutputError(
+            "holds an unfinished run with another source, grid, preset or data",
+            where=str(work.parent),
+            todo="repeat its command to finish it, or name another folder",
+        )
+    write_text_atomic(noted, json.dumps(digest_now))
+
+
+def _summary(curve: list[dict[str, float]]) -> dict[str, Any]:
+    """First and last tenth of the curve as means, and at most a hundred points between."""
+    tenth = max(1, len(curve) // 10)
+    losses = [row["loss"] for row in curve]
+    stride = max(1, len(curve) // 100)
+    return {
+        "first": sum(losses[:tenth]) / tenth,
+        "last": sum(losses[-tenth:]) / tenth,
+        "curve": [[row["step"], row["loss"]] for row in curve[::stride]],
+    }
 
 
 def train_onto_grid(
