@@ -56,8 +56,9 @@ def test_the_batch_of_a_step_does_not_depend_on_where_one_began(chats: Path, tok
     from_the_start = batches(0)
     seen = [next(from_the_start)[0][1]["input_ids"] for _ in range(9)]
     assert torch.equal(next(batches(8))[0][1]["input_ids"], seen[8])
-    firsts = [tuple(ids.tolist()) for batch in seen[:2] for ids in batch[:, :16]]
-    assert len(set(firsts)) > 2
+    whole = [tuple(i for i in ids.tolist() if i) for batch in seen for ids in batch]
+    assert [len(set(whole[at : at + 12])) for at in (0, 12, 24)] == [12] * 3, "every epoch visits every row"
+    assert whole[:12] != whole[12:24], "and each in its own order"
 
 
 @pytest.mark.parametrize(
