@@ -63,6 +63,7 @@ def test_the_order_of_summands_does_not_make_a_new_question() -> None:
     assert len(pairs) == len(set(pairs)) > 20
     for item in sums:
         a, b = map(int, item.key.split())
+        assert a <= b
         assert item.answer == str(a + b)
 
 
