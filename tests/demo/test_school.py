@@ -155,3 +155,33 @@ def test_pages_leave_the_end_of_the_text_out(tmp_path: Path) -> None:
     assert pages.wikipedia.startswith("Article 0.\n\nArticle 1.")
     assert pages.wikipedia.endswith("Article 37.")
     assert pages.instructions == (("Say", "Yes."), ("Say", "Yes."))
+
+
+def test_the_forward_pass_of_lessons_is_the_models_own(untrained: Path, processor: Any, lessons: Lessons) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from halfbyte.demo.school.forward import LessonForward
+    from halfbyte.trainer.losses import IGNORE, scored_logits
+
+    model = AutoModelForImageTextToText.from_pretrained(untrained, dtype=torch.float32).eval()
+    quick = LessonForward(model, lessons.frame.image_start, 64)
+    ((_, text), (_, shown)) = next(batches_of_lessons(lessons, "cpu", 0)(0))
+    for batch in (text, shown):
+        counted = batch["targets"] != IGNORE
+        with torch.inference_mode():
+            own, ours = scored_logits(model, batch)[counted], scored_logits(quick, batch)[counted]
+        assert counted.any()
+        assert torch.allclose(own, ours, atol=1e-5), float((own - ours).abs().max())
+
+
+def test_rooms_hold_what_is_scored(processor: Any) -> None:
+    from halfbyte.trainer.losses import IGNORE
+
+    mixture = Mixture(20, 2, 3, 12, lookups=2, drills=10)
+    many = Lessons(processor.tokenizer, PAGES, mixture, seed=1, steps=10)
+    for step in range(4):
+        text, shown = many[step]
+        assert text["targets"].shape == (mixture.text_room,)
+        assert text["targets"][-1] == IGNORE, "nothing was cut off"
+        assert shown["targets"].shape == (mixture.picture_room,)
+        assert shown["targets"][-1] == IGNORE

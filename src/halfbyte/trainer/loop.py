@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from halfbyte.errors import OutputError, SourceError
 from halfbyte.progress import note, track
 from halfbyte.records import write_text_atomic
 from halfbyte.trainer.losses import Batch
+from halfbyte.trainer.step import GraphedStep, Step
 
 #: from a step on: for each step the micro-batches whose losses are averaged by their weight
 Batches = Callable[[int], Iterator[list[tuple[float, Batch]]]]
@@ -45,6 +47,7 @@ class Settings:
     save_every     steps between checkpoints, 0 for none
     autocast       bfloat16 forward passes on a GPU; False: TF32
     compiled       compile the model's layers (torch.compile, each kind of layer once)
+    graphed        on a GPU, record the step as a CUDA graph (see `step` for what that asks of the model)
     """
 
     steps: int
@@ -57,6 +60,7 @@ class Settings:
     save_every: int = 0
     autocast: bool = True
     compiled: bool = False
+    graphed: bool = False
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -87,7 +91,16 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     done, curve = _resume(folder, parameters, optimizer, settings)
     device = next(iter(parameters.values())).device
-    half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and settings.autocast else nullcontext()
+    half = device.type == "cuda" and settings.autocast
+    take = (GraphedStep if settings.graphed and device.type == "cuda" else Step)(
+        parameters,
+        optimizer,
+        loss_of,
+        settings.clip,
+        partial(torch.autocast, "cuda", torch.bfloat16) if half else nullcontext,
+        before_step,
+    )
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     if settings.compiled:
         compile_layers(model)
@@ -96,20 +109,8 @@ def train(
     started = time.perf_counter() - (curve[-1]["seconds"] if curve else 0)
     with track("training", settings.steps - done, "steps") as advance:
         for step, micro in zip(range(done, settings.steps), batches(done), strict=False):
-            before_step()
-            rate = learning_rate(settings, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            total = torch.zeros((), device=device)
-            for weight, batch in micro:
-                with half:
-                    loss = loss_of(batch) * weight
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(total)
+            _set_rate(optimizer, learning_rate(settings, step))
+            losses.append(take(micro))
             advance(1)
             saves = bool(settings.save_every) and (step + 1) % settings.save_every == 0
             if saves or len(losses) == 50 or step + 1 == settings.steps:
@@ -119,7 +120,16 @@ def train(
                 _save(folder, step + 1, parameters, optimizer, settings, curve)
     write_text_atomic(folder / "loss.jsonl", "".join(json.dumps(row) + "\n" for row in curve))
     model.eval()
+    torch.set_float32_matmul_precision(precision)
     return curve
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -156,8 +166,12 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch
     decayed = [p for p in parameters.values() if p.ndim >= 2]
     others = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = next(iter(parameters.values())).is_cuda
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, settings.beta2), fused=fused)
+    device = next(iter(parameters.values())).device
+    gpu = device.type == "cuda"
+    rate = torch.zeros((), device=device) if gpu else 0.0  # a tensor, so that a recorded step sees it change
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=rate, betas=(0.9, settings.beta2), fused=gpu, capturable=gpu
+    )
 
 
 def _save(

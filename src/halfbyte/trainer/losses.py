@@ -5,7 +5,8 @@
 
 A batch names the scored positions: `scored` are places in the flattened [batch * length] from which a token is predicted,
 `targets` the tokens. Only they pass the head: with a vocabulary of 262,144 the logits are by far the largest tensor of a
-step. Both are made where the batch is made, on the CPU; a mask would make a GPU wait for its own count.
+step. Both are made where the batch is made, on the CPU; a mask would make a GPU wait for its own count. A target of IGNORE
+does not count: it fills batches up to one size where sizes must not change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 #: one forward pass: the model's own keyword arguments, and `scored`, `targets` (int64 [n])
 Batch = dict[str, Any]
+IGNORE = -100
 
 
 def scored_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -30,13 +32,14 @@ def scored_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 def cross_entropy(model: Any, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood of the scored tokens, in nats per token."""
-    return F.cross_entropy(scored_logits(model, batch), batch["targets"])
+    return F.cross_entropy(scored_logits(model, batch), batch["targets"], ignore_index=IGNORE)
 
 
 def distillation(student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
     """Mean KL(P_teacher || P_student) over the scored positions, full vocabulary, in nats per token."""
     with torch.no_grad():
         target = F.log_softmax(scored_logits(teacher, batch), dim=-1)
-    return F.kl_div(
-        F.log_softmax(scored_logits(student, batch), dim=-1), target, reduction="batchmean", log_target=True
-    )
+    own = F.log_softmax(scored_logits(student, batch), dim=-1)
+    counts = (batch["targets"] != IGNORE).float()
+    each: torch.Tensor = F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
+    return (each * counts).sum() / counts.sum()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,12 +210,19 @@ def _summary(curve: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def train_onto_grid(
-    folder: Path, grid: str, modules: Sequence[str], batches: Any, settings: Any, device: str
+    folder: Path,
+    grid: str,
+    modules: Sequence[str],
+    batches: Any,
+    settings: Any,
+    device: str,
+    view: Callable[[Any], Any] = lambda model: model,
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """QAT of the checkpoint in `folder` by distillation from itself; checkpoints go beside it, into `folder/..`.
 
     modules  module paths whose weight is trained on the grid; the decoder's norms are trained with them
     batches  `halfbyte.trainer.loop.Batches`
+    view     makes of a model what the loss runs (another forward pass over the same weights)
     returns  the loss curve, and parameter name -> trained float32 tensor (grid weights as bf16 will hold them)
     """
     import torch
@@ -230,10 +237,11 @@ def train_onto_grid(
         parameter.requires_grad_(name in trained)
     teacher.requires_grad_(False).eval()
     put_on_grid(student, modules, grid)
+    pupil, master = view(student), view(teacher)
     curve = train(
         student,
         batches,
-        lambda batch: distillation(student, teacher, batch),
+        lambda batch: distillation(pupil, master, batch),
         settings,
         folder.parent,
         before_step=lambda: refresh(student),

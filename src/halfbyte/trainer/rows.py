@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.trainer.losses import Batch
+from halfbyte.trainer.losses import IGNORE, Batch
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,19 @@ def batches_of(rows: Sequence[Row], size: int, seed: int, pad: int, device: str)
     return batches
 
 
-def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> Batch:
-    """input_ids int64 [rows, longest, rounded up to `multiple`]; scored and targets int64 [n].
+def collate(rows: Sequence[Row], pad: int, multiple: int = 1, room: int | None = None) -> Batch:
+    """input_ids int64 [rows, longest, rounded up to `multiple`]; scored and targets int64 [n], or [room] if given.
 
+    room  always so many scored positions: what is missing is filled with IGNORE, what is too much goes unscored
     No attention mask: attention is causal and the padding lies on the right, so no scored position sees it.
     """
     longest = -(-max(len(row.ids) for row in rows) // multiple) * multiple
     ids = [(*row.ids, *[pad] * (longest - len(row.ids))) for row in rows]
     scored = [i * longest + t - 1 for i, row in enumerate(rows) for t in range(1, len(row.ids)) if row.scored[t]]
     targets = [row.ids[t] for row in rows for t in range(1, len(row.ids)) if row.scored[t]]
+    if room is not None:
+        missing = max(0, room - len(scored))
+        scored, targets = [*scored[:room], *[0] * missing], [*targets[:room], *[IGNORE] * missing]
     named = {"input_ids": ids, "scored": scored, "targets": targets}
     return {name: torch.tensor(values) for name, values in named.items()}
 

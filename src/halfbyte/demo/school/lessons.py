@@ -76,6 +76,8 @@ class Frame:
         self.thought = [special("<|channel>"), *self.encode("thought\n"), special("<channel|>")]
         self.image = [special("<|image>"), *[special("<|image|>")] * SOFT_TOKENS, special("<image|>")]
         self.image_token = special("<|image|>")
+        #: where the first soft token of a row's picture stands
+        self.image_start = len(self.bos) + len(self.user) + len(self.encode("user\n")) + 1
         self.pad = tokenizer.pad_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -111,10 +113,18 @@ class Mixture:
     lookups: int = 1
     drills: int = 0
 
+    @property
+    def text_room(self) -> int:
+        """Scored positions of a text batch: more than its rows have, but for one batch in thousands."""
+        return 90 * self.conversations + LENGTH * (self.instructions + self.windows) + 110 * self.drills
 
-#: first to read and to see; then fewer pages, which a model of this size would only learn by heart
-FIRST = Mixture(140, 6, 46, 48)
-THEN = Mixture(120, 2, 6, 40, lookups=3)
+    @property
+    def picture_room(self) -> int:
+        return 30 * self.pictures
+
+
+#: few pages: a model of this size would only learn them by heart (docs/log.md)
+MIXTURE = Mixture(conversations=64, instructions=1, windows=4, pictures=32, lookups=2, drills=32)
 
 
 class Lessons(torch.utils.data.Dataset[tuple[Batch, Batch]]):
@@ -137,8 +147,8 @@ class Lessons(torch.utils.data.Dataset[tuple[Batch, Batch]]):
         rows += [self.recall(rng) if i % 2 else self.story(rng) for i in range(self.mixture.drills)]
         drawn = [draw_picture(rng, held_out=False) for _ in range(self.mixture.pictures)]
         shown = [self._shown(rng, picture.items) for picture in drawn]
-        pad = self.frame.pad
-        return collate(rows, pad, LENGTH), picture_batch(shown, [picture.scene for picture in drawn], self.frame)
+        text = collate(rows, self.frame.pad, LENGTH, self.mixture.text_room)
+        return text, picture_batch(shown, [picture.scene for picture in drawn], self.frame, self.mixture.picture_room)
 
     def conversation(self, rng: random.Random) -> Row:
         turns: list[Row] = []
@@ -207,9 +217,9 @@ def batches_of_lessons(lessons: Lessons, device: str, workers: int) -> Any:
     return batches
 
 
-def picture_batch(rows: Sequence[Row], scenes: Sequence[Scene], frame: Frame) -> Batch:
+def picture_batch(rows: Sequence[Row], scenes: Sequence[Scene], frame: Frame, room: int | None = None) -> Batch:
     """Rows that each begin with one image; `numbers` stands for the pixels until `to_device` paints them."""
-    batch = collate(rows, frame.pad, SHOWN_LENGTH)
+    batch = collate(rows, frame.pad, SHOWN_LENGTH, room)
     return batch | {
         "mm_token_type_ids": (batch["input_ids"] == frame.image_token).long(),
         "numbers": numbers_of(scenes),

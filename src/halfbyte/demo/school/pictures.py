@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SIZE = 384
 PATCH = 16
+FIGURES = 6  # most figures in a scene
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 PALETTE = {
     "red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 30),
@@ -63,13 +64,13 @@ def draw(scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 def numbers_of(scenes: Sequence[Scene]) -> torch.Tensor:
-    """The scenes as float32 [scenes, 1 + figures, 7]: what `paint` needs, and all that has to travel to a GPU.
+    """The scenes as float32 [scenes, 1 + FIGURES, 7]: what `paint` needs, and all that has to travel to a GPU.
 
     Row 0 holds the background's colour in its last three columns, the others (kind, x, y, radius, R, G, B); kind -1: none.
     """
     import torch
 
-    count = max(len(scene.figures) for scene in scenes)
+    count = FIGURES
     empty = (-1, 0, 0, 1, 0, 0, 0)
     table = []
     for scene in scenes:

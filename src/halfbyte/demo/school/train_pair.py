@@ -3,8 +3,7 @@
     python -m halfbyte.demo.school.train_pair OUT --data FOLDER
 
     start      random weights, a tokenizer learned from the lessons           OUT/start
-    reader     taught with cross-entropy, pages and questions                 OUT/reader
-    vanilla    taught on, hardly any pages, more questions about stories      OUT/vanilla
+    vanilla    taught with cross-entropy (`lessons`)                          OUT/vanilla
     qat        vanilla, distilled from itself onto q4_0                       OUT/qat
     qat-nf4    the same onto NF4                                              OUT/qat-nf4
     scores     held-out questions, exact answers, of each and of its roundings  OUT/scores.json
@@ -22,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,15 @@ SEED = 20261124
 class Steps:
     """Optimizer steps of each stage; 0 leaves a QAT stage out."""
 
-    reader: int = 3600
-    vanilla: int = 2500
-    qat: int = 350
+    vanilla: int = 8000
+    qat: int = 800
 
 
 def train_pair(out: Path, data: Path, steps: Steps, *, device: str, workers: int) -> dict[str, Any]:
     """Run every stage; returns the scores. `workers`: processes that draw lessons."""
     from transformers import AutoTokenizer
 
-    from halfbyte.demo.school.lessons import FIRST, THEN, Lessons, Mixture, batches_of_lessons, read_pages
+    from halfbyte.demo.school.lessons import MIXTURE, Lessons, batches_of_lessons, read_pages
     from halfbyte.trainer.loop import Settings
 
     pages = read_pages(data)
@@ -56,23 +54,19 @@ def train_pair(out: Path, data: Path, steps: Steps, *, device: str, workers: int
     tokenizer = AutoTokenizer.from_pretrained(out / "start")
     seconds: dict[str, float] = {}
 
-    def run(name: str, stage: Callable[..., None], count: int, mixture: Mixture, *settings: Any) -> None:
+    def run(name: str, stage: Callable[..., None], count: int, *settings: Any) -> None:
         if count == 0 or (out / name / "config.json").exists():
             return
         started = time.perf_counter()
-        batches = batches_of_lessons(Lessons(tokenizer, pages, mixture, _seed(name), count), device, workers)
+        batches = batches_of_lessons(Lessons(tokenizer, pages, MIXTURE, _seed(name), count), device, workers)
         stage(out, name, batches, *settings, device)
         seconds[name] = round(time.perf_counter() - started, 1)
 
-    taught = Settings(
-        steps.reader, 2.5e-3, 200, weight_decay=0.1, save_every=1000, autocast=False, compiled=device != "cpu"
-    )
-    run("reader", _teach, steps.reader, FIRST, "start", taught)
-    more = Settings(steps.vanilla, 2e-3, 100, weight_decay=0.1, save_every=1000, autocast=False)
-    run("vanilla", _teach, steps.vanilla, THEN, "reader", more)
-    qat = Settings(steps.qat, 1e-3, 40, save_every=200, autocast=False)
-    run("qat", _distil, steps.qat, THEN, "q4_0", qat)
-    run("qat-nf4", _distil, steps.qat, THEN, "nf4", qat)
+    taught = Settings(steps.vanilla, 2.5e-3, 200, weight_decay=0.1, save_every=2000, autocast=False, graphed=True)
+    run("vanilla", _teach, steps.vanilla, "start", taught)
+    qat = Settings(steps.qat, 1e-4, 40, save_every=400, autocast=False)
+    run("qat", _distil, steps.qat, "q4_0", replace(qat, graphed=True))
+    run("qat-nf4", _distil, steps.qat, "nf4", qat)  # its rounding asks the GPU whether weights are finite: no graph
     scores = {name: _score(out / name, device) for name in ("vanilla", "qat", "qat-nf4") if (out / name).is_dir()}
     body = {"seconds": seconds, "steps": asdict(steps), "scores": scores}
     write_text_atomic(out / "scores.json", json.dumps(body, indent=1) + "\n")
@@ -81,7 +75,7 @@ def train_pair(out: Path, data: Path, steps: Steps, *, device: str, workers: int
 
 def _seed(name: str) -> int:
     """Each stage has lessons of its own, except that both QAT runs see the same."""
-    return SEED + ("reader", "vanilla", "qat").index(name.removesuffix("-nf4"))
+    return SEED + ("vanilla", "qat").index(name.removesuffix("-nf4"))
 
 
 def _score(folder: Path, device: str) -> dict[str, Any]:
@@ -119,6 +113,17 @@ def _words(pages: Any) -> str:
     return "\n".join([pages.wikipedia, *(f"{a}\n{b}" for a, b in pages.instructions), asked, taught])
 
 
+def _in_lessons(out: Path) -> Callable[[Any], Any]:
+    """Model -> its forward pass over lessons, which never waits for the GPU."""
+    from transformers import AutoTokenizer
+
+    from halfbyte.demo.school.forward import LessonForward
+    from halfbyte.demo.school.lessons import SOFT_TOKENS, Frame
+
+    start = Frame(AutoTokenizer.from_pretrained(out / "start")).image_start
+    return lambda model: LessonForward(model, start, SOFT_TOKENS)
+
+
 def _teach(out: Path, name: str, batches: Any, begin: str, settings: Any, device: str) -> None:
     """Train OUT/`begin` with cross-entropy into OUT/`name`."""
     import torch
@@ -130,8 +135,8 @@ def _teach(out: Path, name: str, batches: Any, begin: str, settings: Any, device
     from halfbyte.trainer.qat import load_model
 
     model = load_model(out / begin, device)
-    work = out / f"{name}-work"
-    train(model, batches, lambda batch: cross_entropy(model, batch), settings, work)
+    work, pupil = out / f"{name}-work", _in_lessons(out)(model)
+    train(model, batches, lambda batch: cross_entropy(pupil, batch), settings, work)
     with torch.no_grad():
         weights = {key: p.detach() for key, p in model.named_parameters()}
     write_plain(SafetensorsSource(out / begin), out / name, weights)
@@ -148,7 +153,9 @@ def _distil(out: Path, name: str, batches: Any, grid: str, settings: Any, device
     source = SafetensorsSource(out / "vanilla")
     work = out / f"{name}-work"
     shutil.copytree(out / "vanilla", work / "source", dirs_exist_ok=True)
-    _, weights = train_onto_grid(work / "source", grid, _linears(out / "vanilla"), batches, settings, device)
+    _, weights = train_onto_grid(
+        work / "source", grid, _linears(out / "vanilla"), batches, settings, device, _in_lessons(out)
+    )
     write_plain(source, out / name, weights)
     (work / "loss.jsonl").rename(out / f"{name}.loss.jsonl")
     shutil.rmtree(work)
@@ -181,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs=3, default=astuple(Steps()), metavar=("READER", "VANILLA", "QAT"))
+    parser.add_argument("--steps", type=int, nargs=2, default=astuple(Steps()), metavar=("VANILLA", "QAT"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=12)
     args = parser.parse_args()
