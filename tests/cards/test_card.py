@@ -21,6 +21,8 @@ from halfbyte.records import read_record, write_record
 GOLDEN = Path(__file__).parent / "golden_card.md"
 #: strings as a hostile source or model might hold them
 EVIL = "x`|</td><script>alert(1)</script>\n\n---\nbase_model: evil/evil\n---\n# owned [a](javascript:b) ```"
+#: the same for a tensor's name, which comes from a file whose reader refuses slashes and line ends
+EVIL_NAME = "x`|<td><script>alert(1)<script> --- # owned [a](javascript:b) ```"
 
 
 def written(folder: Path, **options: Any) -> str:
@@ -169,7 +171,7 @@ def test_answers_are_printed_word_for_word(checkpoint: Path) -> None:
 def evil_checkpoint(folder: Path) -> Path:
     plan = small_plan()
     for d in plan["decisions"]:
-        d.update(reason=EVIL, name=d["name"] + EVIL)
+        d.update(reason=EVIL, name=d["name"] + EVIL_NAME)
     plan.update(notes=[EVIL], skip_modules=[EVIL], preset={"name": EVIL, "why": EVIL})
     plan["summary"]["assumptions"] = EVIL
     plan["loaders"] = {EVIL: {"label": EVIL, "modules": 1, "by_area": {EVIL: 1}, "agrees": False}}

@@ -9,13 +9,11 @@ came from. What the plan does not explain is an error, not a remainder row. For 
     nf4    ceil(n/2) codes + B = ceil(n/b) scale codes + 4 ceil(B/256) + (16 + 256) x 4 of levels + the quant_state text
 
 The text's length hangs on how many digits its offset prints, so it is the one size that a plan can only estimate; it is
-counted apart and printed. Only lengths are read here, with a reader of its own: this room needs records and no weights.
+counted apart and printed. Only headers are read here: this room needs records and no weights.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,13 +21,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import HeaderError, SourceError
+from halfbyte.errors import SourceError
+from halfbyte.format.headers import read_header
+from halfbyte.format.nf4_layout import QUANT_STATE_SUFFIX, component_sizes
+from halfbyte.format.tensors import DTYPES
+from halfbyte.recipe.decisions import AREAS
 
-#: the order of every table; the words are the plan's
-ORDER = ("decoder", "vision", "audio", "projector", "embeddings", "head", "other")
-_MAX_HEADER = 100 << 20
-_STATE = ".quant_state.bitsandbytes__nf4"
-_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
+_STATE = f".{QUANT_STATE_SUFFIX}"
 #: bytes by which one quant_state text can differ from a plan's estimate (a double prints in 1 to 24 characters)
 _TEXT_VARIES = 24
 _TODO = "the checkpoint and its records disagree: run halfbyte quantize again"
@@ -54,7 +52,7 @@ class Area:
 class Inventory:
     """The balanced account.
 
-    areas         in ORDER; empty without a plan
+    areas         in the order of AREAS; empty without a plan
     data_bytes    tensor data in all files
     header_bytes  8 + N of every file
     file_bytes    size of the weight files = data_bytes + header_bytes
@@ -76,10 +74,11 @@ def take_inventory(folder: Path, quantize: Mapping[str, Any], plan: Mapping[str,
     sizes: dict[str, int] = {}
     header_bytes = file_bytes = 0
     for name in quantize["files"]:
-        header, tensors = read_sizes(folder / name)
-        header_bytes += header
-        sizes |= tensors
-        file_bytes += (folder / name).stat().st_size
+        tensors = read_header(folder / name)
+        size = (folder / name).stat().st_size
+        header_bytes += tensors[0].start if tensors else size
+        file_bytes += size
+        sizes |= {info.name: info.nbytes for info in tensors}
     areas = _by_area(folder, sizes, plan) if plan is not None else []
     data_bytes = sum(area.output_bytes for area in areas) if areas else sum(sizes.values())
     if data_bytes + header_bytes != file_bytes:
@@ -112,44 +111,28 @@ def _check_forecast(folder: Path, data_bytes: int, plan: Mapping[str, Any] | Non
         )
 
 
-def read_sizes(path: Path) -> tuple[int, dict[str, int]]:
-    """(8 + N, tensor name -> bytes) of one safetensors file; raises HeaderError if that is not what it is."""
-    todo = "run halfbyte verify: it names what is wrong"
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER, path.stat().st_size):
-            raise HeaderError(f"header claims {length:,} bytes", where=str(path), todo=todo)
-        text = file.read(length)
-    try:
-        body = json.loads(text)
-        body.pop("__metadata__", None)
-        spans = {name: entry["data_offsets"] for name, entry in body.items()}
-        return 8 + length, {name: int(end) - int(begin) for name, (begin, end) in spans.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise HeaderError("header is not a list of tensors", where=str(path), todo=todo) from None
-
-
 def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) -> list[Area]:
-    accounts = {name: Area(name) for name in ORDER}
+    accounts = {name: Area(name) for name in AREAS}
     left = dict(sizes)
     for decision in plan["decisions"]:
-        name, where = decision["name"], f"{folder}: tensor {decision['name']}"
-        parts = _PARTS if decision["action"] == "nf4" else ("",)
-        absent = [name + part for part in parts if name + part not in left]
+        planned = planned_bytes(decision, plan["blocksize"])
+        absent = [name for name in planned if name not in left]
         if absent:
             raise SourceError("planned, but not on disk", where=f"{folder}: tensor {absent[0]}", todo=_TODO)
-        found = {part: left.pop(name + part) for part in parts}
-        expected = planned_bytes(decision, plan["blocksize"]) + found.get(_STATE, 0)
-        if sum(found.values()) != expected:
+        found = {name: left.pop(name) for name in planned}
+        wrong = [name for name, size in planned.items() if found[name] != size and not name.endswith(_STATE)]
+        if wrong:
             raise SourceError(
-                f"{sum(found.values()):,} bytes on disk, {expected:,} by its plan", where=where, todo=_TODO
+                f"{found[wrong[0]]:,} bytes on disk, {planned[wrong[0]]:,} by its plan",
+                where=f"{folder}: tensor {wrong[0]}",
+                todo=_TODO,
             )
         account = accounts.setdefault(decision["area"], Area(decision["area"]))
         account.tensors += 1
         account.nf4 += decision["action"] == "nf4"
         account.reasons[decision["action"], decision["reason"]] += 1
         account.source_bytes += source_bytes(decision)
-        account.output_bytes += expected
+        account.output_bytes += sum(found.values())
     if left:
         raise SourceError(
             f"{len(left)} tensors on disk, not in the plan", where=f"{folder}: tensor {next(iter(left))}", todo=_TODO
@@ -158,16 +141,14 @@ def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) ->
 
 
 def source_bytes(decision: Mapping[str, Any]) -> int:
-    """Bytes of the tensor in the source; the digits of a safetensors dtype are its bits (BOOL: 8)."""
-    digits = re.match(r"[A-Z]+(\d+)", decision["dtype"])
-    elements: int = prod(decision["shape"])
-    return elements * (int(digits.group(1)) if digits else 8) // 8
+    """Bytes of the tensor in the source."""
+    return prod(decision["shape"]) * DTYPES[decision["dtype"]][0]
 
 
-def planned_bytes(decision: Mapping[str, Any], blocksize: int) -> int:
-    """Bytes that the tensor must have on disk, its quant_state text left out."""
+def planned_bytes(decision: Mapping[str, Any], blocksize: int) -> dict[str, int]:
+    """Tensor name -> bytes that it must have on disk (its quant_state text: about)."""
+    name = decision["name"]
     if decision["action"] == "keep":
-        return source_bytes(decision)
-    numel: int = prod(decision["shape"])
-    blocks = -(-numel // blocksize)
-    return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + (16 + 256) * 4
+        return {name: source_bytes(decision)}
+    parts = component_sizes(name, decision["shape"], blocksize)
+    return {part: prod(shape) * DTYPES[dtype][0] for part, (dtype, shape) in parts.items()}

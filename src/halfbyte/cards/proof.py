@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 from halfbyte.cards.evidence import Evidence
-from halfbyte.cards.inventory import ORDER
 from halfbyte.cards.markdown import Markdown, code, count, decimal, fence, joined, table, text
+from halfbyte.recipe.decisions import AREAS
 
 _MARKS = {"passed": "passed", "failed": "**FAILED**", "skipped": "skipped"}
 
@@ -51,7 +51,7 @@ def error_table(evidence: Evidence) -> Markdown | None:
     rows = [
         (area, count(len(values)), *(decimal(figure(values)) for figure in (min, median, max)))
         for area, values in sorted(
-            found.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)
+            found.items(), key=lambda item: AREAS.index(item[0]) if item[0] in AREAS else len(AREAS)
         )
     ]
     return table(["Area", "NF4 tensors:", "SQNR min, dB:", "median:", "max:"], rows) if rows else None
