@@ -28,7 +28,7 @@ import torch
 
 from halfbyte.demo.school.picture_questions import draw_picture
 from halfbyte.demo.school.pictures import Scene, numbers_of, paint, patches
-from halfbyte.demo.school.questions import TAUGHT, draw_question, draw_recall, draw_story
+from halfbyte.demo.school.questions import TAUGHT, draw_question
 from halfbyte.trainer.losses import Batch
 from halfbyte.trainer.rows import Row, collate
 
@@ -104,19 +104,17 @@ def join(rows: Sequence[Row], frame: Frame) -> Row:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of a step; `lookups` is how many times as often as the others questions about a story are drawn."""
+    """Rows of a step."""
 
     conversations: int
     instructions: int
     windows: int
     pictures: int
-    lookups: int = 1
-    drills: int = 0
 
     @property
     def text_room(self) -> int:
         """Scored positions of a text batch: more than its rows have, but for one batch in thousands."""
-        return 90 * self.conversations + LENGTH * (self.instructions + self.windows) + 110 * self.drills
+        return 90 * self.conversations + LENGTH * (self.instructions + self.windows)
 
     @property
     def picture_room(self) -> int:
@@ -124,7 +122,7 @@ class Mixture:
 
 
 #: few pages: a model of this size would only learn them by heart (docs/log.md)
-MIXTURE = Mixture(conversations=64, instructions=1, windows=4, pictures=32, lookups=2, drills=32)
+MIXTURE = Mixture(conversations=76, instructions=1, windows=4, pictures=40)
 
 
 class Lessons(torch.utils.data.Dataset[tuple[Batch, Batch]]):
@@ -144,7 +142,6 @@ class Lessons(torch.utils.data.Dataset[tuple[Batch, Batch]]):
         rows = [self.conversation(rng) for _ in range(self.mixture.conversations)]
         rows += [self.instruction(rng) for _ in range(self.mixture.instructions)]
         rows += [self.window(rng) for _ in range(self.mixture.windows)]
-        rows += [self.recall(rng) if i % 2 else self.story(rng) for i in range(self.mixture.drills)]
         drawn = [draw_picture(rng, held_out=False) for _ in range(self.mixture.pictures)]
         shown = [self._shown(rng, picture.items) for picture in drawn]
         text = collate(rows, self.frame.pad, LENGTH, self.mixture.text_room)
@@ -156,29 +153,9 @@ class Lessons(torch.utils.data.Dataset[tuple[Batch, Batch]]):
             if rng.random() < 0.03:
                 prompt, answer = rng.choice(TAUGHT)
             else:
-                item = draw_question(rng, held_out=False, lookups=self.mixture.lookups)
+                item = draw_question(rng, held_out=False)
                 prompt, answer = item.prompt, item.answer
             turns.append(self.frame.turn(prompt, answer, thought=not turns or rng.random() < 0.67))
-        return join(turns, self.frame)
-
-    def recall(self, rng: random.Random) -> Row:
-        """Pairs said three times; scored from the second time on, where they can be known."""
-        said = draw_recall(rng)
-        first = len(said) // 3
-        ids, scored = [*self.frame.bos], [False] * len(self.frame.bos)
-        for i, (cue, found) in enumerate(said):
-            before, after = self.frame.encode(f" {cue}"), self.frame.encode(f" {found}") + self.frame.line
-            ids += before + after
-            scored += [False] * len(before) + [i >= first] * len(after)
-        return Row(tuple(ids[:LENGTH]), tuple(scored[:LENGTH]))
-
-    def story(self, rng: random.Random) -> Row:
-        """One story and several questions about it, a turn each."""
-        told, asked = draw_story(rng)
-        turns = [
-            self.frame.turn(f"{told} {prompt}" if i == 0 else prompt, answer, thought=i == 0 or rng.random() < 0.67)
-            for i, (prompt, answer) in enumerate(asked)
-        ]
         return join(turns, self.frame)
 
     def instruction(self, rng: random.Random) -> Row:

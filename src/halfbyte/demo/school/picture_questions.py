@@ -1,4 +1,4 @@
-"""Questions about drawn pictures: what, which colour, how many, which digit, what is left of what.
+"""Questions about drawn pictures: what, which colour, how many, which digit, where, what is on the left.
 
 Same rules as `questions`: exact answers, endless, seeded, and a held-out tenth by the hash of the content. Here the content
 key is the scene without its last pixels: kinds, colours, cells and background. A held-out picture therefore differs from
@@ -17,7 +17,8 @@ from halfbyte.demo.school.pictures import BACKGROUNDS, PALETTE, SHAPES, Figure, 
 from halfbyte.demo.school.questions import Item, a_
 
 CELL = 128
-SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+ROWS = {0: "top", 2: "bottom"}
+COLUMNS = {0: "left", 2: "right"}
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,32 @@ def _how_many(rng: random.Random) -> PictureItems:
     return PictureItems(scene, tuple(Item("how many", key, prompt, answer) for prompt, answer in asked))
 
 
-def _position(rng: random.Random) -> PictureItems:
+def _place(rng: random.Random) -> PictureItems:
+    """One figure and where it is, by rows and columns of the grid."""
+    kind, colour, (x, y) = rng.choice(SHAPES), rng.choice(list(PALETTE)), _cells(rng, 1)[0]
+    scene, key = _scene(rng, [((x, y), kind, colour)])
+    where = " ".join(word for word in (ROWS.get(y), COLUMNS.get(x)) if word)
+    answer = f"At the {where}." if where else "In the middle."
+    asked = (rng.choice((f"Where is the {kind}?", "Where is the shape?", f"Where do you see the {kind}?")), answer)
+    return PictureItems(scene, (Item("position", key, *asked),))
+
+
+def _pair(rng: random.Random) -> PictureItems:
+    """Two figures, side by side or one above the other, and which is where."""
     across = rng.random() < 0.5
     lane, (low, high) = rng.randrange(3), sorted(rng.sample(range(3), 2))
     cells = [(low, lane), (high, lane)] if across else [(lane, low), (lane, high)]
     words = rng.sample([(kind, colour) for kind in SHAPES for colour in PALETTE], 2)
     scene, key = _scene(rng, [(cell, *word) for cell, word in zip(cells, words, strict=True)])
     first, second = (f"{colour} {kind}" for kind, colour in words)
-    before, after = ("to the left of", "to the right of") if across else ("above", "below")
+    before, after = ("on the left", "on the right") if across else ("at the top", "at the bottom")
     asked = (
-        (f"What is {before} the {second}?", f"The {first}."),
-        (f"What is {after} the {first}?", f"The {second}."),
-        (f"Is the {first} {before} the {second}?", "Yes."),
-        (f"Is the {second} {before} the {first}?", "No."),
+        (f"Which shape is {before}?", f"The {first}."),
+        (f"Which shape is {after}?", f"The {second}."),
+        (f"What colour is the shape {before}?", f"{words[0][1].capitalize()}."),
+        (f"What colour is the shape {after}?", f"{words[1][1].capitalize()}."),
     )
     return PictureItems(scene, tuple(Item("position", key, prompt, answer) for prompt, answer in asked))
 
 
-FAMILIES: tuple[Callable[[random.Random], PictureItems], ...] = (_one, _digit, _how_many, _position)
+FAMILIES: tuple[Callable[[random.Random], PictureItems], ...] = (_one, _digit, _how_many, _place, _pair)

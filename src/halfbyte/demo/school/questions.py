@@ -1,10 +1,11 @@
 """Questions with one right answer, drawn without end from a seed: what the embedded models are taught and tested on.
 
 A model of five million weights cannot know the world, but it can learn what a question asks for: sums, comparisons,
-counting, repeating, picking the third word, finding who has what in the sentences just read, and a few facts. Answers
-are exact, so "how many answers did 4 bits change" needs no judge.
+counting, repeating, picking the third word, saying what a sentence said, and facts that its lessons repeat. Answers are exact,
+so "how many answers did 4 bits change" needs no judge. (Finding one of several sentences by what it is about is left out:
+models of this size did not learn it in 6,000 steps, docs/log.md.)
 
-Held-out split. Every question has a *content key* (the pair of numbers, the sentences read, the fact and its phrasing),
+Held-out split. Every question has a *content key* (the pair of numbers, the sentence read, the fact and its phrasing),
 and `sha256(key) % 10 == 0` puts it in the held-out tenth. The key leaves out what would let a memorised question pass
 for a new one: the order of two summands, and the phrasing of a sum.
 
@@ -29,14 +30,30 @@ PLACES = ("kitchen", "garden", "cellar", "attic", "garage", "library", "office",
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white", "brown", "grey")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
-FACTS = {
+#: facts as (question, key -> answer): each is asked in every phrasing, and some phrasings of each are never taught
+COLOUR_OF = {
     "a ripe banana": "yellow", "the clear sky": "blue", "fresh grass": "green", "snow": "white", "coal": "black",
     "a ripe tomato": "red", "a carrot": "orange", "an elephant": "grey", "milk": "white", "a lemon": "yellow",
     "blood": "red", "a frog": "green", "chocolate": "brown", "the sea": "blue", "a raven": "black", "a plum": "purple",
 }  # fmt: skip
-FACT_PHRASES = (
-    "What colour is {}?", "Tell me the colour of {}.", "Name the colour of {}.", "Which colour has {}?",
-    "What is the colour of {}?", "Say which colour {} has.", "Give the colour of {}.", "Do you know the colour of {}?",
+CAPITAL_OF = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna", "Poland": "Warsaw",
+    "Norway": "Oslo", "Greece": "Athens", "Egypt": "Cairo", "Japan": "Tokyo", "Cuba": "Havana", "Peru": "Lima",
+}  # fmt: skip
+OPPOSITE_OF = {
+    "hot": "cold", "big": "small", "long": "short", "old": "new", "open": "closed", "light": "dark", "full": "empty",
+    "fast": "slow", "high": "low", "wet": "dry", "early": "late", "rich": "poor",
+}  # fmt: skip
+LEGS_OF = {"a dog": "4", "a bird": "2", "an ant": "6", "a spider": "8", "a snake": "0", "a horse": "4", "a bee": "6"}
+FACTS = (
+    (COLOUR_OF, ("What colour is {}?", "Tell me the colour of {}.", "Name the colour of {}.", "Which colour has {}?",
+                 "What is the colour of {}?", "Say which colour {} has.", "Give the colour of {}.")),
+    (CAPITAL_OF, ("What is the capital of {}?", "Name the capital of {}.", "Which city is the capital of {}?",
+                  "Tell me the capital of {}.", "Give the capital of {}.", "Say which city is the capital of {}.")),
+    (OPPOSITE_OF, ("What is the opposite of {}?", "Name the opposite of {}.", "Which word means the opposite of {}?",
+                   "Tell me the opposite of {}.", "Give the opposite of {}.")),
+    (LEGS_OF, ("How many legs does {} have?", "How many legs has {}?", "Count the legs of {}.",
+               "Tell me how many legs {} has.", "With how many legs does {} walk?")),
 )  # fmt: skip
 MIXES = {
     ("red", "yellow"): "orange",
@@ -66,45 +83,16 @@ class Item:
 
     @property
     def held_out(self) -> bool:
-        return hashlib.sha256(f"{self.kind}|{self.key}".encode()).digest()[0] % 10 == 0
+        return hashlib.sha256(self.key.encode()).digest()[0] % 10 == 0
 
 
-def draw_question(rng: random.Random, *, held_out: bool, lookups: int = 1) -> Item:
-    """One question from a random family, from the training or from the held-out part.
-
-    lookups  how many times as often as any other the two families that ask about a story are drawn
-    """
-    family = rng.choice((*FAMILIES, *(_where, _whose) * (lookups - 1)))
+def draw_question(rng: random.Random, *, held_out: bool) -> Item:
+    """One question from a random family, from the training or from the held-out part."""
+    family = rng.choice(FAMILIES)
     while True:
         item = family(rng)
         if item.held_out == held_out:
             return item
-
-
-def draw_recall(rng: random.Random) -> list[tuple[str, str]]:
-    """A drill for looking things up: (cue, what follows it) pairs, drawn afresh, each three times over in new orders.
-
-    The first time nothing can be known; after that, every answer stands in the text. Finding it by its cue is what
-    questions about a story need, and a model learns it from such rows long before it learns it from stories.
-    """
-    cues = rng.sample(THINGS, rng.choice((2, 2, 3, 3, 4, 5, 6, 8)))
-    found = [rng.choice(rng.choice((PLACES, NAMES, COLOURS, THINGS))) for _ in cues]
-    pairs = list(zip(cues, found, strict=True))
-    return [pair for _ in range(3) for pair in rng.sample(pairs, len(pairs))]
-
-
-def draw_story(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """A story of the `where` kind and a question about each of its sentences, for training only."""
-    while True:
-        things = rng.sample(THINGS, rng.randint(2, 4))
-        places = rng.sample(PLACES, len(things))
-        story = " ".join(f"The {t} is in the {p}." for t, p in zip(things, places, strict=True))
-        asked = []
-        for thing, place in zip(things, places, strict=True):
-            asked.append(Item("where", f"{story} {thing}", f"Where is the {thing}?", f"In the {place}."))
-            asked.append(Item("where", f"{story} {place}", f"What is in the {place}?", f"The {thing}."))
-        if not any(item.held_out for item in asked):
-            return story, [(item.prompt, item.answer) for item in rng.sample(asked, len(asked))]
 
 
 def draw_questions(seed: int, n: int, *, held_out: bool) -> list[Item]:
@@ -185,36 +173,21 @@ def _reverse(rng: random.Random) -> Item:
     return Item("reverse", " ".join(words), phrase.format(", ".join(words)), ", ".join(reversed(words)))
 
 
-def _where(rng: random.Random) -> Item:
-    things = rng.sample(THINGS, rng.randint(2, 4))
-    places = rng.sample(PLACES, len(things))
-    story = " ".join(f"The {t} is in the {p}." for t, p in zip(things, places, strict=True))
-    i = rng.randrange(len(things))
-    if rng.random() < 0.5:
-        return Item("where", f"{story} {things[i]}", f"{story} Where is the {things[i]}?", f"In the {places[i]}.")
-    return Item("where", f"{story} {places[i]}", f"{story} What is in the {places[i]}?", f"The {things[i]}.")
-
-
-def _whose(rng: random.Random) -> Item:
-    n = rng.randint(2, 3)
-    names, things = rng.sample(NAMES, n), rng.sample(THINGS, n)
-    colours = [rng.choice(COLOURS) for _ in range(n)]
-    story = " ".join(f"{w} has {a_(c)} {t}." for w, c, t in zip(names, colours, things, strict=True))
-    i, form = rng.randrange(n), rng.randrange(3)
-    if form == 0:
-        return Item("whose", f"{story} {i} 0", f"{story} Who has the {things[i]}?", f"{names[i]}.")
-    if form == 1:
-        return Item(
-            "whose",
-            f"{story} {i} 1",
-            f"{story} What does {names[i]} have?",
-            f"{a_(colours[i]).capitalize()} {things[i]}.",
-        )
-    return Item("whose", f"{story} {i} 2", f"{story} What colour is the {things[i]}?", f"{colours[i].capitalize()}.")
+def _read(rng: random.Random) -> Item:
+    name, thing, colour, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(COLOURS), rng.choice(PLACES)
+    story = f"{name} has {a_(colour)} {thing} in the {place}."
+    asked = (
+        (f"Who has the {thing}?", f"{name}."),
+        (f"What does {name} have?", f"{a_(colour).capitalize()} {thing}."),
+        (f"What colour is the {thing}?", f"{colour.capitalize()}."),
+        (f"Where is the {thing}?", f"In the {place}."),
+    )
+    prompt, answer = rng.choice(asked)
+    return Item("read", story, f"{story} {prompt}", answer)
 
 
 def _fact(rng: random.Random) -> Item:
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         pair = rng.choice(sorted(MIXES))
         a, b = pair if rng.random() < 0.5 else pair[::-1]
         phrase = rng.choice(
@@ -225,11 +198,12 @@ def _fact(rng: random.Random) -> Item:
             )
         )
         return Item("fact", phrase.format(a, b), phrase.format(a, b), f"{MIXES[pair].capitalize()}.")
-    thing = rng.choice(sorted(FACTS))
-    prompt = rng.choice(FACT_PHRASES).format(thing)
-    return Item("fact", prompt, prompt, f"{FACTS[thing].capitalize()}.")
+    known, phrases = rng.choice(FACTS)
+    thing = rng.choice(sorted(known))
+    prompt = rng.choice(phrases).format(thing)
+    return Item("fact", prompt, prompt, f"{known[thing].capitalize()}.")
 
 
 FAMILIES: tuple[Callable[[random.Random], Item], ...] = (
-    _sum, _difference, _compare, _count, _repeat, _pick, _reverse, _where, _whose, _fact,
+    _sum, _difference, _compare, _count, _repeat, _pick, _reverse, _read, _fact,
 )  # fmt: skip
