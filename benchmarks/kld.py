@@ -31,7 +31,7 @@ from halfbyte.device import check_device
 from halfbyte.errors import HalfbyteError, SourceError
 from halfbyte.evaluator.protocols import given_answers, load_tokenizer, on_policy_answers
 from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.scorer import Candidate, Scores, score
+from halfbyte.evaluator.scoring.scorer import Candidate, Scores, score
 from halfbyte.evaluator.texts import read_chats
 from halfbyte.evaluator.traces import write_answers
 from halfbyte.evaluator.weights import Weights, open_weights

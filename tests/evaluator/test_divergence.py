@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ShapeMismatch
-from halfbyte.evaluator.divergence import confidence_bucket, delta_p, kl_divergence, predict
+from halfbyte.evaluator.scoring.divergence import confidence_bucket, delta_p, kl_divergence, predict
 
 
 def by_hand(logits: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_reference_writes_its_own_greedy_answers_once(
     """In a left-padded batch and from a cache; the oracle goes one prompt and one token at a time, without a cache."""
     import torch
 
-    from halfbyte.evaluator.model import WholeModel
+    from halfbyte.evaluator.scoring.model import WholeModel
 
     weights = open_weights(tiny_gemma4)
     tokenizer = protocols.load_tokenizer(weights)

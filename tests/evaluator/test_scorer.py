@@ -11,9 +11,9 @@ import pytest
 from evaluator.small_rows import random_rows
 
 from halfbyte.errors import PlanError, ShapeMismatch, SourceError, UsageError
-from halfbyte.evaluator.model import Head, WholeModel
 from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.scorer import Scores, score
+from halfbyte.evaluator.scoring.model import Head, WholeModel
+from halfbyte.evaluator.scoring.scorer import Scores, score
 from halfbyte.evaluator.weights import open_weights
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.evaluator.model import WholeModel, exact_float32
 from halfbyte.evaluator.protocols import load_tokenizer, prompt_ids, tokenizer_facts
+from halfbyte.evaluator.scoring.model import WholeModel, exact_float32
 from halfbyte.evaluator.texts import Chat
 from halfbyte.evaluator.weights import Weights
 from halfbyte.progress import note, track

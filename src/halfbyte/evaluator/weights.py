@@ -59,8 +59,16 @@ class Weights(Protocol):
         """Every weight once, in file order; the parts of an NF4 weight count as that weight."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape as `load` gives it, without reading the weight."""
+        ...
+
     def load(self, name: str, device: str = "cpu") -> torch.Tensor:
         """The tensor as the model computes with it (before any cast to the scorer's dtype), in its shape, on `device`."""
+        ...
+
+    def load_rows(self, name: str, begin: int, end: int, device: str = "cpu") -> torch.Tensor:
+        """`load(name)[begin:end]`; of a plain tensor only these rows are read (an embedding is the largest tensor of all)."""
         ...
 
     def companions_folder(self) -> Path:
@@ -144,6 +152,14 @@ class PlainWeights:
         info = self._infos[name]
         return self.source.read(info, 0, info.numel).view(info.shape).to(device)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._infos[name].shape
+
+    def load_rows(self, name: str, begin: int, end: int, device: str = "cpu") -> torch.Tensor:
+        info = self._infos[name]
+        width = info.numel // info.shape[0]
+        return self.source.read(info, begin * width, end * width).view(-1, *info.shape[1:]).to(device)
+
     def companions_folder(self) -> Path:
         if self.source.path.is_dir() and self.source.kind == "safetensors":
             return self.source.path
@@ -173,7 +189,22 @@ class Nf4Weights(PlainWeights):
         state_info = self._infos.get(f"{name}.{QUANT_STATE_SUFFIX}")
         if state_info is None:
             return super().load(name, device)
-        return self._expand(name, json.loads(bytes(self._read(state_info).tolist())), device)
+        return self._expand(name, self._state(state_info), device)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        state_info = self._infos.get(f"{name}.{QUANT_STATE_SUFFIX}")
+        if state_info is None:
+            return super().shape(name)
+        return tuple(int(size) for size in self._state(state_info)["shape"])
+
+    def load_rows(self, name: str, begin: int, end: int, device: str = "cpu") -> torch.Tensor:
+        if f"{name}.{QUANT_STATE_SUFFIX}" in self._infos:  # blocks may straddle rows, and nobody packs embeddings
+            return self.load(name, device)[begin:end]
+        return super().load_rows(name, begin, end, device)
+
+    def _state(self, info: TensorInfo) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(bytes(self._read(info).tolist()))
+        return found
 
     def _expand(self, name: str, state: Mapping[str, Any], device: str) -> torch.Tensor:
         import torch
@@ -231,6 +262,14 @@ class Rounded:
         weight = self.plain.load(name, device)
         return self._round(weight) if name in self.rounded else weight
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.plain.shape(name)
+
+    def load_rows(self, name: str, begin: int, end: int, device: str = "cpu") -> torch.Tensor:
+        if name in self.rounded:  # blocks may straddle rows
+            return self.load(name, device)[begin:end]
+        return self.plain.load_rows(name, begin, end, device)
+
     def _round(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
 
@@ -270,6 +309,14 @@ class Zeros:
         import torch
 
         return torch.zeros_like(self.like.load(name, device))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.like.shape(name)
+
+    def load_rows(self, name: str, begin: int, end: int, device: str = "cpu") -> torch.Tensor:
+        import torch
+
+        return torch.zeros_like(self.like.load_rows(name, begin, end, device))
 
     def companions_folder(self) -> Path:
         return self.like.companions_folder()

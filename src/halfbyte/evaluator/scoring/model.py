@@ -23,26 +23,24 @@ the model's own logits once and refuses to score if they disagree.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from halfbyte.errors import PlanError, SourceError, UsageError
+from halfbyte.errors import PlanError, UsageError
 from halfbyte.evaluator.rows import Batch
+from halfbyte.evaluator.scoring.head import Head, compare_head, make_head
+from halfbyte.evaluator.scoring.places import Places
 from halfbyte.evaluator.weights import Weights
-from halfbyte.recipe.areas import Areas
-from halfbyte.recipe.skeleton import Skeleton, build_skeleton, model_names
+from halfbyte.recipe.skeleton import Skeleton, build_skeleton
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("sdpa", "eager")
-#: a head whose float32 copy is smaller than this is kept in float32; a larger one is cast slice by slice
-_HEAD_COPY_BYTES = 1 << 30
-_HEAD_SLICE = 32768
 #: width of the floor's noise, relative: bf16 keeps 8 significant bits, so neighbours of 1 are 2^-7 apart
 BF16_ULP = 2.0**-7
 
@@ -50,7 +48,8 @@ BF16_ULP = 2.0**-7
 class HiddenStates(Protocol):
     """What the scorer needs of a model, however its weights pass through memory."""
 
-    head: Head
+    @property
+    def head(self) -> Head: ...
 
     def hidden_states(self, batches: Sequence[Batch], noise_seed: int | None = None) -> Iterator[torch.Tensor]:
         """For each batch, in order, the final norm's output at its scored positions: [scored, hidden], in the compute dtype.
@@ -60,40 +59,6 @@ class HiddenStates(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The output embedding and what follows it.
-
-    weight    [vocabulary, hidden], in float32 if that is small enough, else as loaded
-    bias      float32 [vocabulary] or None
-    scale     logits are multiplied by this (Cohere's logit_scale, 1 / Granite's logits_scaling)
-    softcap   c: logits become c * tanh(logits / c) (Gemma); None: they stay
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [n, vocabulary] from hidden states [n, hidden] of any float dtype; n of 128 to 256 is sensible."""
-        import torch
-
-        rows = hidden.to(self.weight.device, torch.float32)
-        total = self.weight.shape[0]
-        found = torch.empty(rows.shape[0], total, dtype=torch.float32, device=rows.device)
-        step = total if self.weight.dtype == torch.float32 else _HEAD_SLICE
-        for begin in range(0, total, step):
-            found[:, begin : begin + step] = rows @ self.weight[begin : begin + step].float().T
-        if self.bias is not None:
-            found += self.bias
-        if self.scale != 1:
-            found *= self.scale
-        if self.softcap is not None:
-            found.div_(self.softcap).tanh_().mul_(self.softcap)
-        return found
 
 
 class WholeModel:
@@ -107,11 +72,11 @@ class WholeModel:
         self.device, self.label = device, weights.label
         skeleton = build_skeleton(weights.config)
         self.model = build_module(skeleton, dtype, attention)
-        areas = Areas(skeleton)
-        wanted = {key for key in skeleton.tensors if areas.area_of(key.rpartition(".")[0]) in _TEXT}
-        state = _read_state(weights, skeleton, wanted, self.model, device)
+        places = Places(weights, skeleton, self.model)
+        state = {key: places.load(key, device) for key in places.keys}
+        state |= {key: state[of] for key, of in places.tied.items()}
         self.model.load_state_dict(state, strict=False, assign=True)
-        _move_buffers(self.model, device)
+        move_buffers(self.model, device)
         self.model.requires_grad_(False).eval()
         self.decoder = self.model.get_decoder()
         self.head = head_of(self.model)
@@ -119,31 +84,20 @@ class WholeModel:
     def hidden_states(self, batches: Sequence[Batch], noise_seed: int | None = None) -> Iterator[torch.Tensor]:
         import torch
 
-        with torch.inference_mode(), exact_float32(), residual_noise(self.decoder, self.device, noise_seed):
-            for batch in batches:
+        with torch.inference_mode(), exact_float32():
+            for number, batch in enumerate(batches):
                 ids = torch.from_numpy(batch.tokens).to(self.device)
-                # padding is on the right and attention is causal: no position that counts can see it
-                states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-                rows, positions = (torch.from_numpy(index).to(self.device) for index in batch.scored)
-                yield states[rows, positions]
+                with residual_noise(self.decoder, noise_seed, number):
+                    # padding is on the right and attention is causal: no position that counts can see it
+                    states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+                yield take_scored(batch, states)
 
     def check_head(self, tokens: Sequence[int]) -> None:
         """Raises PlanError unless `head` gives the model's own logits on `tokens` (a few are enough)."""
         import torch
 
         with torch.inference_mode(), exact_float32():
-            ids = torch.tensor([list(tokens)], device=self.device)
-            own = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            ours = self.head.logits(self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
-        apart = float((own - ours).abs().max())
-        # bf16 rounds the model's own logits by up to 2^-8 of their size, once in the sum and once behind the softcap
-        allowed = 3 * 2.0**-8 * float(own.abs().max()) + 1e-5
-        if not apart <= allowed:
-            raise PlanError(
-                f"this architecture does something behind its head that is not known here (logits differ by {apart:.3g})",
-                where=f"{self.label}: {type(self.model).__name__}",
-                todo="report the model type",
-            )
+            compare_head(self.model, self.head, torch.tensor([list(tokens)], device=self.device), self.label)
 
     def close(self) -> None:
         """Let go of the weights; on a GPU the memory goes back to torch's pool."""
@@ -152,9 +106,6 @@ class WholeModel:
         del self.model, self.decoder, self.head
         if self.device != "cpu":
             torch.cuda.empty_cache()
-
-
-_TEXT = ("decoder", "embeddings", "head", "other")
 
 
 def build_module(skeleton: Skeleton, dtype: str, attention: str) -> Any:
@@ -187,43 +138,7 @@ def build_module(skeleton: Skeleton, dtype: str, attention: str) -> Any:
         )
 
 
-def _read_state(
-    weights: Weights, skeleton: Skeleton, wanted: set[str], model: Any, device: str
-) -> dict[str, torch.Tensor]:
-    """State-dict entries for every key in `wanted`, in the model's dtypes on `device`, tied ones shared."""
-    places = model_names(skeleton, weights.names())
-    kinds = model.state_dict()
-    state: dict[str, torch.Tensor] = {}
-    for name, (key, converted) in places.items():
-        if key is None or key not in wanted or key in skeleton.tied:
-            continue
-        if converted:
-            raise PlanError(
-                "transformers merges or splits this tensor while loading; the scorer does not",
-                where=f"{weights.label}: tensor {name}",
-                todo="convert the checkpoint with transformers' save_pretrained first",
-            )
-        tensor = weights.load(name, device)
-        if tensor.shape != kinds[key].shape:
-            raise SourceError(
-                f"has shape {list(tensor.shape)}, the model wants {list(kinds[key].shape)}",
-                where=f"{weights.label}: tensor {name}",
-                todo="config.json and weights belong to different models",
-            )
-        state[key] = tensor.to(kinds[key].dtype)
-    for key, source in skeleton.tied.items():
-        if key in wanted and source in state:
-            state[key] = state[source]
-    if missing := sorted(wanted - state.keys()):
-        raise SourceError(
-            f"{len(missing)} tensors of the model are not there, first {missing[0]}",
-            where=weights.label,
-            todo="the checkpoint is incomplete, or of another model than config.json says",
-        )
-    return state
-
-
-def _move_buffers(model: Any, device: str) -> None:
+def move_buffers(model: Any, device: str) -> None:
     """Non-persistent buffers (rope tables, embedding scales) to `device`; weights are there already, towers stay empty."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -233,15 +148,17 @@ def _move_buffers(model: Any, device: str) -> None:
 
 def head_of(model: Any) -> Head:
     """The head of a loaded transformers model, with the softcap and scale its config names."""
-    config = model.config.get_text_config(decoder=True)
     layer = model.get_output_embeddings()
-    weight = layer.weight.detach()
-    if weight.numel() * 4 <= _HEAD_COPY_BYTES:
-        weight = weight.float()
     bias = getattr(layer, "bias", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, None if bias is None else bias.detach().float(), scale, softcap)
+    return make_head(model, layer.weight.detach(), None if bias is None else bias.detach())
+
+
+def take_scored(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """[scored, hidden]: of states [rows, length, hidden], those whose predictions count."""
+    import torch
+
+    rows, positions = (torch.from_numpy(index).to(states.device) for index in batch.scored)
+    return states[rows, positions]
 
 
 @contextmanager
@@ -268,28 +185,38 @@ def decoder_layers(decoder: Any) -> Sequence[Any]:
 
 
 @contextmanager
-def residual_noise(decoder: Any, device: str, seed: int | None) -> Iterator[None]:
-    """The noise floor: x -> x * (1 + u) after every decoder layer, u uniform, one bf16 ulp (2^-7) wide. None: nothing.
-
-    That is the size of error which storing the residual in bf16 once more would add, so two runs of the *same* model on
-    different kernels are about this far apart. Drawn on `device` from `seed`; equal on the same kind of device.
-    """
-    import torch
-
+def residual_noise(decoder: Any, seed: int | None, batch: int) -> Iterator[None]:
+    """The noise floor: `disturb` after every decoder layer, for one batch (its number). seed None: nothing."""
     if seed is None:
         yield
         return
-    generator = torch.Generator(device).manual_seed(seed)
 
-    def disturb(module: Any, inputs: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        draw = torch.rand(states.shape, generator=generator, device=states.device, dtype=torch.float32)
-        noisy = (states.float() * (1 + (draw - 0.5) * BF16_ULP)).to(states.dtype)
-        return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+    def hook(layer: int, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (disturb(output[0], seed, batch, layer), *output[1:])
+        return disturb(output, seed, batch, layer)
 
-    hooks = [layer.register_forward_hook(disturb) for layer in decoder_layers(decoder)]
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output, number=number: hook(number, output))
+        for number, layer in enumerate(decoder_layers(decoder))
+    ]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
+
+
+def disturb(states: torch.Tensor, seed: int, batch: int, layer: int) -> torch.Tensor:
+    """x * (1 + u), u uniform and one bf16 ulp (2^-7) wide.
+
+    That is the size of error which storing the residual in bf16 once more would add, so two runs of the *same* model on
+    different kernels are about this far apart. Each (seed, batch, layer) has a draw of its own, so the order in which
+    they are computed does not matter; equal on the same kind of device.
+    """
+    import torch
+
+    own = hashlib.sha256(f"{seed}/{batch}/{layer}".encode()).digest()
+    generator = torch.Generator(states.device).manual_seed(int.from_bytes(own[:7], "little"))
+    draw = torch.rand(states.shape, generator=generator, device=states.device, dtype=torch.float32)
+    return (states.float() * (1 + (draw - 0.5) * BF16_ULP)).to(states.dtype)
