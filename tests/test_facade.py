@@ -12,6 +12,7 @@ import pytest
 import halfbyte
 from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
+from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
 
@@ -47,7 +48,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         halfbyte.quantise  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "quantize", "verify", "generate", "card", "push", "qat"])
+@pytest.mark.parametrize("name", ["plan", "quantize", "verify", "generate", "evaluate", "card", "push", "qat"])
 def test_options_of_the_command_are_the_parameters_of_the_function(name: str) -> None:
     command = inspect.signature(import_module(f"halfbyte.cli.{name}").command).parameters
     function = inspect.signature(getattr(halfbyte, name)).parameters
@@ -56,6 +57,9 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
     if name == "qat":
         defaults = asdict(Training())
         assert {n: options.pop(n) for n in TRAINING_OPTIONS} == defaults
+    if name == "evaluate":
+        options = {n: default or () if n in ("base", "data", "protocol") else default for n, default in options.items()}
+        assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
     if name == "generate":
         assert set(options) - set(parameters) == set(GENERATION_OPTIONS)
         options = {n: default or () if n == "image" else default for n, default in options.items() if n in parameters}

@@ -4,6 +4,7 @@
     quantize   write the NF4 checkpoint                           halfbyte.quantize(source, out)
     verify     prove it, tensor by tensor                         halfbyte.verify(out, source=source)
     generate   ask it something, through stock transformers       halfbyte.generate(out, "Name three primary colors.")
+    evaluate   measure what it lost against its source            halfbyte.evaluate(source, [out])
     card       write its model card from the records              halfbyte.card(out)
     push       upload it                                          halfbyte.push(out, "org/name")
     qat        train a small model onto a 4-bit grid              halfbyte.qat(source, out, data="chats.jsonl")
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.cards import card, push
     from halfbyte.errors import HalfbyteError
+    from halfbyte.evaluator.job import evaluate
     from halfbyte.quantizer.job import quantize
     from halfbyte.recipe.decisions import Decision, Plan
     from halfbyte.recipe.survey import plan
@@ -27,13 +29,26 @@ if TYPE_CHECKING:
     from halfbyte.trainer.qat import qat
     from halfbyte.verifier import verify
 
-__all__ = ["Decision", "HalfbyteError", "Plan", "card", "generate", "plan", "push", "qat", "quantize", "verify"]
+__all__ = [
+    "Decision",
+    "HalfbyteError",
+    "Plan",
+    "card",
+    "evaluate",
+    "generate",
+    "plan",
+    "push",
+    "qat",
+    "quantize",
+    "verify",
+]
 
 _HOME = {
     "Decision": "halfbyte.recipe.decisions",
     "HalfbyteError": "halfbyte.errors",
     "Plan": "halfbyte.recipe.decisions",
     "card": "halfbyte.cards",
+    "evaluate": "halfbyte.evaluator.job",
     "generate": "halfbyte.runtime.generate",
     "plan": "halfbyte.recipe.survey",
     "push": "halfbyte.cards",

@@ -142,7 +142,8 @@ def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) ->
 
 def source_bytes(decision: Mapping[str, Any]) -> int:
     """Bytes of the tensor in the source."""
-    return prod(decision["shape"]) * DTYPES[decision["dtype"]][0]
+    elements: int = prod(decision["shape"])
+    return elements * DTYPES[decision["dtype"]][0]
 
 
 def planned_bytes(decision: Mapping[str, Any], blocksize: int) -> dict[str, int]:

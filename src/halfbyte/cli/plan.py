@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.options import JSON_OPTION
-from halfbyte.cli.show import listen, print_json
+from halfbyte.cli.text.show import listen, print_json
 
 
 def command(
@@ -34,6 +34,6 @@ def command(
             del body["decisions"]
         print_json(body)
         return
-    from halfbyte.cli.plan_text import render
+    from halfbyte.cli.text.plan import render
 
     typer.echo(render(made.to_dict(), with_tensors=tensors))

@@ -40,6 +40,6 @@ def distillation(student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         target = F.log_softmax(scored_logits(teacher, batch), dim=-1)
     own = F.log_softmax(scored_logits(student, batch), dim=-1)
-    counts = (batch["targets"] != IGNORE).float()
+    counts: torch.Tensor = (batch["targets"] != IGNORE).float()
     each: torch.Tensor = F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
     return (each * counts).sum() / counts.sum()

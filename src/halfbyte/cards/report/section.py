@@ -1,0 +1,65 @@
+"""The figures of an evaluation as a Markdown section, for a model card or an issue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from halfbyte.cards.markdown import Markdown, code, fence, joined, table, text
+from halfbyte.cards.report.words import figure_of, interval, number, percent, sentence, short_name
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """Markdown of an evaluate record: verdicts, a table a protocol, effects, how it was measured."""
+    references = {base["name"]: base["reference"] for base in record["bases"]}
+    parts: list[str] = ["## What it cost, measured"]
+    for block in record["protocols"]:
+        for candidate in block["candidates"]:
+            parts.append(f"- {text(sentence(block, candidate, references[block['base']]))}")
+    for block in record["protocols"]:
+        parts += ["", _heading(block), "", str(_table(block))]
+    if record["effects"]:
+        parts += ["", "Two bases: D is what quantization cost each, T what training did, I = D(QAT) - D(vanilla).", ""]
+        rows = [(e["effect"], code(e["protocol"]), e["metric"], e["precision"], interval(e), e["verdict"]) for e in record["effects"]]  # fmt: skip
+        parts.append(str(table(["Effect", "Protocol", "Metric", "Precision", "Nats:", "Verdict"], rows)))
+    margin = number(record["settings"]["margin"])
+    parts += [
+        "",
+        f"Intervals at 95 %, joint paired bootstrap over documents. The margin of {margin} nats was stated beforehand. Again:",
+        "",
+        fence(_shell(record["command"]), "sh"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _heading(block: Mapping[str, Any]) -> str:
+    facts: list[Any] = [code(block["protocol"]), f"version {block['version']}", f"{block['rows']['n']:,} tokens"]
+    facts += [f"{block['rows']['documents']} documents", joined([file["name"] for file in block["data"]])]
+    if block["out_of_frame"]:
+        facts.append(Markdown("**out of frame**: an instruct model on bare text"))
+    facts.append(f"floor KLD {number(block['floor'] and block['floor']['value'])}")
+    return str(joined(facts))
+
+
+def _table(block: Mapping[str, Any]) -> Markdown:
+    rows = []
+    for candidate in block["candidates"]:
+        agreement = figure_of(candidate, "top-1 agreement")
+        rows.append(
+            (
+                code(short_name(candidate["candidate"])),
+                interval(figure_of(candidate, "kld mean")),
+                interval(figure_of(candidate, "kld median")),
+                interval(figure_of(candidate, "kld p99")),
+                percent(agreement["value"] if agreement else None),
+                interval(figure_of(candidate, "ppl ratio")),
+                candidate["verdicts"][0]["verdict"],
+            )
+        )
+    return table(["Candidate", "KLD, nats:", "median:", "p99:", "top-1:", "PPL ratio:", "Verdict"], rows)
+
+
+def _shell(command: list[str]) -> str:
+    import shlex
+
+    return shlex.join(command)

@@ -1,0 +1,65 @@
+"""`halfbyte evaluate REFERENCE CANDIDATE...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.text.show import listen, print_json
+from halfbyte.errors import CheckFailed
+
+
+def command(
+    reference: Annotated[str, typer.Argument(help="bf16 checkpoint folder, .gguf file or hub id.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoints (NF4, bf16, .gguf), or SRC@nf4, SRC@q4_0, SRC@uniform; NAME: in front of a --base's."),
+    ],
+    base: Annotated[list[str] | None, typer.Option(help="NAME=REF: a further reference; may be repeated.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help=".jsonl of prompts or chats, or a text; may be repeated. Without: built-in prompts.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of record, vectors and report.")] = Path("halfbyte-evaluation"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="e.g. 'kld[assistant,given]'; may be repeated. Without: what means something.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many chats, first so many documents.")] = None,
+    window: Annotated[int, typer.Option(help="Text tokens a row.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the reference writes.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on a CPU.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    margin: Annotated[float, typer.Option(help="Nats: a loss within it is a tie.")] = 0.01,
+    resamples: Annotated[int, typer.Option(help="Draws of the bootstrap over documents.")] = 10_000,
+    floor: Annotated[bool, typer.Option(help="Measure the noise floor.")] = True,
+    layers: Annotated[bool, typer.Option(help="Measure the error of every weight tensor.")] = True,
+    json: JSON_OPTION = False,
+) -> None:  # fmt: skip
+    """Measure what a candidate lost against its full precision: record, vectors, HTML report."""
+    from halfbyte.cards.report import report
+    from halfbyte.cli.text.evaluation import render
+    from halfbyte.evaluator.job import evaluate
+
+    with listen():
+        record = evaluate(
+            reference, candidates, base=base or (), data=data or (), out=out, device=device, protocol=protocol or (),
+            limit=limit, window=window, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
+            resamples=resamples, floor=floor, layers=layers,
+        )  # fmt: skip
+    page = report(out)
+    if json:
+        print_json(record)
+    else:
+        typer.echo(render(record))
+        typer.echo(f"report: {page}")
+    failed = [test for test in record["self_tests"] if not test["passed"]]
+    if failed:
+        found = "; ".join(f"{test['base']}, {test['protocol']}: {test['value']:g}" for test in failed)
+        raise CheckFailed(
+            f"the reference's KLD against itself is not 0 ({found}): the kernels are not deterministic",
+            where=str(out),
+            todo="do not use these figures; try --device cpu",
+        )

@@ -1,0 +1,1 @@
+"""What a command prints, as text made from a record."""

@@ -1,0 +1,91 @@
+"""An evaluation as a person reads it on a terminal: a table a protocol, every figure with its interval, the verdict last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from halfbyte.cards.report.words import ABSENT, interval, number
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """Text of an evaluate record."""
+    sections = [_protocol(block) for block in record["protocols"]]
+    if record["effects"]:
+        sections.append(_effects(record["effects"]))
+    sections.append([_sizes_line(base) for base in record["bases"]])
+    failed = [test for test in record["self_tests"] if not test["passed"]]
+    tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
+    margin = record["settings"]["margin"]
+    sections.append([f"{tests}; margin {margin:g} nats; intervals at 95 %, bootstrap over documents"])
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _protocol(block: Mapping[str, Any]) -> list[str]:
+    stress = " (out of frame: an instruct model on bare text)" if block["out_of_frame"] else ""
+    files = ", ".join(file["name"] for file in block["data"])
+    base = "" if block["base"] == "reference" else f", base {block['base']}"
+    lines = [
+        f"{block['protocol']} v{block['version']}{stress}{base}",
+        f"  {block['rows']['n']:,} tokens of {block['rows']['documents']} documents from {files}; "
+        f"reference PPL {interval(block['reference'][0])}; floor KLD {point(block['floor'])}",
+    ]
+    rows = [("candidate", "KLD, nats", "median", "p99", "top-1", "PPL ratio", "verdict")]
+    for found in block["candidates"]:
+        by_name = {figure["figure"]: figure for figure in found["figures"]}
+        rows.append(
+            (
+                found["candidate"],
+                interval(by_name["kld mean"]),
+                point(by_name["kld median"]),
+                point(by_name["kld p99"]),
+                f"{by_name['top-1 agreement']['value']:.1%}",
+                interval(by_name["ppl ratio"]),
+                said(found),
+            )
+        )
+    return [*lines, *table(rows)]
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """The verdict of a candidate's headline figure, with why nothing is claimed if nothing is."""
+    first = found["verdicts"][0]
+    if first["verdict"] == "undecided" and first["low"] is None:
+        return "undecided (too few documents)"
+    if found["above_floor"] is False and first["verdict"] == "loss":
+        return "loss, not above the floor"
+    return f"{first['verdict']} ({first['figure']})"
+
+
+def _effects(effects: Sequence[Mapping[str, Any]]) -> list[str]:
+    bases = effects[0]["bases"]
+    rows = [("effect", "protocol", "metric", "precision", "nats", "verdict")]
+    for e in effects:
+        rows.append((e["effect"], e["protocol"], e["metric"], e["precision"], interval(e), e["verdict"]))
+    return [f"2 x 2: vanilla is base {bases['vanilla']!r}, QAT is base {bases['QAT']!r}", *table(rows)]
+
+
+def _sizes_line(base: Mapping[str, Any]) -> str:
+    parts = [f"{base['reference']}: {size(base['size'])}"]
+    parts += [f"{each['label']}: {size(each['size'])}" for each in base["candidates"]]
+    return "sizes: " + "; ".join(parts)
+
+
+def size(found: Mapping[str, Any]) -> str:
+    """Bytes and bits per weight; computed ones say so."""
+    if found["file_bytes"] is None:
+        return ABSENT
+    bits = f", {found['bits_per_weight']:.2f} bits" if found["bits_per_weight"] else ""
+    computed = "" if found["counted"] else ", computed"
+    return f"{found['file_bytes'] / 1e6:,.1f} MB{bits}{computed}"
+
+
+def point(figure: Mapping[str, Any] | None) -> str:
+    return ABSENT if figure is None else number(figure["value"])
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Aligned columns, two spaces apart and indented."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

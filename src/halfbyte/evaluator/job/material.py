@@ -1,0 +1,113 @@
+"""From data files to the rows of a protocol.
+
+    .jsonl        chats or prompts, one a line (halfbyte.evaluator.texts)
+    anything else a text; WikiText's raw form is cut into its articles, any other file is one document
+
+Without a file, a few prompts and passages of our own are used, so that a first evaluation needs nothing but a model. They are
+few: 40 prompts and 12 passages give wide intervals, and the record says so with its n.
+
+One text file is one document, and one document bounds nothing: its intervals are infinite, which is the truth. Give several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import UsageError
+from halfbyte.evaluator import protocols, texts
+from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
+from halfbyte.evaluator.rows import Rows
+from halfbyte.evaluator.texts import Chat, Document
+from halfbyte.evaluator.traces import write_answers
+from halfbyte.evaluator.weights import Weights
+from halfbyte.format.shards import hash_file
+
+PROMPTS, PASSAGES = "prompts.jsonl", "passages.txt"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is scored, before any tokenizer has seen it.
+
+    paragraphs  of WikiText files, for ppl[raw,wikitext-80]
+    files       {"name", "sha256", "bytes"} of chats and of texts
+    given_text  a text file was named (and not the built-in passages taken)
+    """
+
+    chats: Sequence[Chat]
+    documents: Sequence[Document]
+    paragraphs: Sequence[Document]
+    chat_files: Sequence[dict[str, Any]]
+    text_files: Sequence[dict[str, Any]]
+    given_text: bool
+
+    def files_of(self, protocol: str) -> Sequence[dict[str, Any]]:
+        return self.chat_files if protocol in OF_CHATS else self.text_files
+
+
+def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
+    """Chats and documents of all files, what is missing from the built-in ones; raises SourceError, UsageError."""
+    paths = [Path(path) for path in data]
+    chat_paths = [path for path in paths if path.suffix.lower() == ".jsonl"]
+    text_paths = [path for path in paths if path not in chat_paths]
+    chats = _named([(path, texts.read_chats(path)) for path in chat_paths])
+    documents = _named([(path, texts.read_documents(path)) for path in text_paths])
+    paragraphs = [p for path in text_paths for p in texts.wikitext_paragraphs(path.read_text(encoding="utf-8"))]
+    chat_files, text_files = [_about(path) for path in chat_paths], [_about(path) for path in text_paths]
+    room = resources.files("halfbyte.evaluator.job") / "built_in"
+    if not chats:
+        with resources.as_file(room / PROMPTS) as path:
+            chats, chat_files = texts.read_chats(path), [_about(path, "built-in prompts")]
+    if not documents:
+        with resources.as_file(room / PASSAGES) as path:
+            documents, text_files = _passages(path), [_about(path, "built-in passages")]
+    return Material(chats[:limit], documents[:limit], paragraphs, chat_files, text_files, bool(text_paths))
+
+
+def rows_of(
+    protocol: str, reference: Weights, material: Material, settings: Settings, place: tuple[Path, str, str]
+) -> Rows:
+    """The rows of `protocol` in the tokenizer of `reference`; the answers of kld[assistant,on-policy] are written here.
+
+    place  folder of the traces, device, dtype
+    """
+    tokenizer = protocols.load_tokenizer(reference)
+    if protocol == ON_POLICY:
+        cache, device, dtype = place
+        if not protocols.is_instruct(tokenizer):
+            protocols.on_policy_answers(tokenizer, [], [], facts={})  # raises, in its own words
+        answers, facts = write_answers(
+            reference, material.chats, cache,
+            max_new_tokens=settings.max_new_tokens, device=device, dtype=dtype, batch=settings.batch,
+        )  # fmt: skip
+        return protocols.on_policy_answers(tokenizer, material.chats, answers, facts=facts)
+    if protocol == GIVEN:
+        if not any(chat.response for chat in material.chats):
+            raise UsageError("no chat has an answer", where=protocol, todo='give --data with "response" in its lines')
+        return protocols.given_answers(tokenizer, [chat for chat in material.chats if chat.response])
+    if protocol == FRAME:
+        return protocols.assistant_frame(tokenizer, material.documents, window=settings.window)
+    if protocol == RAW:
+        return protocols.raw_text(tokenizer, material.documents, window=settings.window)
+    return protocols.wikitext_80(tokenizer, material.paragraphs)
+
+
+def _named(read: Sequence[tuple[Path, Sequence[Any]]]) -> list[Any]:
+    """Everything in one list; with several files, names say from which (two documents of one name would be taken as one)."""
+    if len(read) == 1:
+        return list(read[0][1])
+    return [replace(item, name=f"{path.name}: {item.name}") for path, items in read for item in items]
+
+
+def _passages(path: Path) -> list[Document]:
+    """Passages between blank lines, one document each."""
+    pieces = [" ".join(piece.split()) for piece in path.read_text(encoding="utf-8").split("\n\n") if piece.strip()]
+    return [Document(f"passage {n}", p, len(p.split()), len(p.encode())) for n, p in enumerate(pieces, start=1)]
+
+
+def _about(path: Path, name: str | None = None) -> dict[str, Any]:
+    return {"name": name or path.name, "sha256": hash_file(path), "bytes": path.stat().st_size}

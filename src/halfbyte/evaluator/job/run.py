@@ -1,0 +1,201 @@
+"""All of it in order: open, choose protocols, make rows, score, compute figures, write.
+
+Everything that can be refused is refused before the first weight is read: options, names, data files, models, tokenizers.
+What is scored is kept as soon as it is there (halfbyte.evaluator.job.vectors), so a run that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from halfbyte.device import check_device
+from halfbyte.errors import OutputError
+from halfbyte.evaluator import protocols
+from halfbyte.evaluator.job.bases import Base, open_bases
+from halfbyte.evaluator.job.effects import effects_of
+from halfbyte.evaluator.job.figures import figures_of, worst_tokens
+from halfbyte.evaluator.job.layers import weight_errors
+from halfbyte.evaluator.job.material import Material, gather_material, rows_of
+from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, device_name, score_base
+from halfbyte.evaluator.job.settings import Settings, choose_protocols, command_of, settings_of
+from halfbyte.evaluator.job.sizes import parameters_of, size_of
+from halfbyte.evaluator.job.writing import NAME, own_checkpoint, write_card_records
+from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
+from halfbyte.records import read_record, write_record
+
+#: changes when a reader of the record would have to
+RECORD_VERSION = 1
+
+
+def evaluate(
+    reference: str | Path,
+    candidates: Sequence[str | Path],
+    *,
+    base: Sequence[str] = (),
+    data: Sequence[str | Path] = (),
+    out: str | Path = Path("halfbyte-evaluation"),
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Score candidates against the full precision they were made from; returns the evaluate record, as written to `out`.
+
+    reference   a bf16 checkpoint folder, .gguf file or hub id
+    candidates  the same, a folder in NF4, or `SRC@nf4`, `SRC@q4_0`, `SRC@uniform`; with a declared base's `NAME:` in front if
+                it belongs to that one
+    base        "NAME=REF": a further reference (halfbyte.evaluator.job.bases)
+    data        .jsonl files of prompts or chats, other files as texts; without: a few built-in ones
+    out         folder of the record, the vectors and the reference's answers
+    device      `auto` (a GPU if there is one), `cpu`, `cuda[:N]`
+    options     any field of `Settings`, by the names of the command line
+
+    A second run with the same inputs reads the vectors of the first. A candidate folder that `halfbyte quantize` wrote gets
+    a record of its own for its card.
+    raises UsageError, SourceError, PlanError, ShapeMismatch, OutputError (`out` is a checkpoint)
+    """
+    settings, started = settings_of(options), time.perf_counter()
+    if (Path(out) / "config.json").exists():
+        raise OutputError(
+            "holds a checkpoint, whose own record would be overwritten", where=str(out), todo="name another folder"
+        )
+    device = _device(device)
+    specs = [candidates] if isinstance(candidates, str | Path) else candidates
+    files = [data] if isinstance(data, str | Path) else data
+    material = gather_material(files, settings.limit)
+    with ExitStack() as stack:
+        pairs = [base] if isinstance(base, str) else base
+        bases = open_bases(str(reference), [str(spec) for spec in specs], pairs, stack)
+        for entry in (entry for each in bases for entry in each.candidates):
+            own_checkpoint(entry)
+        job = _Job(bases, material, settings, device, Path(out))
+        body = job.body()
+        named = {"base": pairs, "data": [str(path) for path in files], "device": [device], "out": [str(out)]}
+        body["command"] = command_of([str(reference), *(str(spec) for spec in specs)], named, settings)
+        body["run"] = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "device": device,
+            "device_name": device_name(device),
+            "dtype": job.machine.dtype,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": peak_gpu_bytes(device),
+        }
+        write_record(Path(out), NAME, body)
+        write_card_records(body, bases)
+    return read_record(Path(out), NAME) or body
+
+
+def _device(device: str) -> str:
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(chosen)
+    return chosen
+
+
+class _Job:
+    """What the parts of the record are made of."""
+
+    def __init__(self, bases: list[Base], material: Material, settings: Settings, device: str, out: Path) -> None:
+        self.bases, self.material, self.settings, self.out = bases, material, settings, out
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        self.machine = Machine(device, dtype, settings.batch, out / "vectors")
+        self.tokenizers = {each.name: protocols.load_tokenizer(each.reference) for each in bases}
+        self.names = {
+            each.name: choose_protocols(
+                settings.protocol,
+                instruct=protocols.is_instruct(self.tokenizers[each.name]),
+                has_text=material.given_text,
+            )
+            for each in bases
+        }
+
+    def body(self) -> dict[str, Any]:
+        scored = [self._score(each, name) for each in self.bases for name in self.names[each.name]]
+        blocks = [self._block(each) for each in scored]
+        return {
+            "record_version": RECORD_VERSION,
+            "metrics_version": METRICS_VERSION,
+            "settings": {**asdict(self.settings), "dtype": self.machine.dtype},
+            "bases": [self._base(each) for each in self.bases],
+            "protocols": blocks,
+            "effects": self._effects(scored),
+            "self_tests": self._self_tests(scored),
+        }
+
+    def _score(self, each: Base, name: str) -> Scored:
+        place = (self.out / "traces", self.machine.device, self.machine.dtype)
+        rows = rows_of(name, each.reference, self.material, self.settings, place)
+        return score_base(each, rows, self.machine, floor=self.settings.floor)
+
+    def _base(self, each: Base) -> dict[str, Any]:
+        parameters = parameters_of(each.reference)
+        return {
+            "name": each.name,
+            "reference": each.reference.label,
+            "digest": each.reference.digest,
+            "kind": each.kind,
+            "instruct": protocols.is_instruct(self.tokenizers[each.name]),
+            "size": size_of(each.reference, parameters),
+            "candidates": [
+                {
+                    "id": entry.id, "label": entry.weights.label, "digest": entry.weights.digest, "kind": entry.kind,
+                    "size": size_of(entry.weights, parameters),
+                    "weights": weight_errors(each.reference, entry.weights, self.out / "vectors")
+                    if self.settings.layers else None,
+                }
+                for entry in each.candidates
+            ],
+        }  # fmt: skip
+
+    def _block(self, scored: Scored) -> dict[str, Any]:
+        """One protocol of one base."""
+        found, rows, own = figures_of(scored, self.settings), scored.rows, scored.reference
+        tokenizer = self.tokenizers[scored.base.name]
+        return {
+            "protocol": rows.protocol,
+            "version": rows.version,
+            "base": scored.base.name,
+            "out_of_frame": bool(rows.facts.get("out_of_frame", False)),
+            "data": list(self.material.files_of(rows.protocol)),
+            "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
+            "vectors": {"file": f"vectors/{own.path.name}", "cached": own.cached, "seconds": own.about["seconds"]},
+            "measured_on": {key: own.about[key] for key in ("device_name", "streamed", "versions")},
+            "self_kld": own.about["self_kld"],
+            "floor": found["floor"],
+            "reference": found["reference"],
+            "comparisons": found["comparisons"],
+            "candidates": [
+                {
+                    "candidate": key,
+                    "vectors": {"file": f"vectors/{stored.path.name}", "cached": stored.cached, "seconds": stored.about["seconds"]},
+                    **found["candidates"][key],
+                    "worst": worst_tokens(scored, key, tokenizer),
+                }
+                for key, stored in scored.candidates.items()
+            ],
+        }  # fmt: skip
+
+    def _effects(self, scored: Sequence[Scored]) -> list[dict[str, Any]]:
+        """Of the first base and each other, protocol by protocol."""
+        found = []
+        for left in (each for each in scored if each.base is self.bases[0]):
+            for right in scored:
+                if right.base is not left.base and right.rows.protocol == left.rows.protocol and left.candidates:
+                    found += effects_of(left, right, self.settings.resamples, self.settings.margin)
+        return found
+
+    def _self_tests(self, scored: Sequence[Scored]) -> list[dict[str, Any]]:
+        """What must hold whatever the models are: a model has no divergence from itself."""
+        return [
+            {
+                "test": "self-KLD is exactly 0", "protocol": each.rows.protocol, "base": each.base.name,
+                "value": each.reference.about["self_kld"], "passed": each.reference.about["self_kld"] == 0.0,
+            }
+            for each in scored
+        ]  # fmt: skip

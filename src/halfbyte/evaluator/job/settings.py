@@ -1,0 +1,108 @@
+"""The options of an evaluation, and which protocols mean something for a model.
+
+Margins are stated before anything is measured. The default is 0.01 nats: one percent of perplexity when it bounds a
+difference of NLL; a quarter of the 0.042 nats that a 31B was published to lose as Q4_0 when it bounds a mean KLD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halfbyte.errors import UsageError
+from halfbyte.evaluator.protocols import VERSIONS
+from halfbyte.evaluator.scoring.model import DTYPES
+
+ON_POLICY, GIVEN, FRAME, RAW, WIKITEXT = VERSIONS
+#: protocols over chats; the others are over texts
+OF_CHATS = (ON_POLICY, GIVEN)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """By the names of the command line.
+
+    protocol        names of halfbyte.evaluator.protocols; empty: those that mean something for the model
+    limit           the first so many chats, and the first so many documents; None: all
+    window          text tokens a row (ppl protocols; ppl[raw,wikitext-80] has its own, 1024)
+    max_new_tokens  longest answer that the reference writes
+    dtype           `float32`, `bfloat16`, or `auto`: float32 on the CPU, bfloat16 on a GPU
+    batch           rows at a time
+    margin          nats: a mean KLD, or a difference of NLL, whose interval lies within it is a tie
+    resamples       of the bootstrap over documents
+    floor           also measure the noise floor
+    layers          also measure the error of every weight tensor
+    """
+
+    protocol: Sequence[str] = ()
+    limit: int | None = None
+    window: int = 512
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    batch: int = 8
+    margin: float = 0.01
+    resamples: int = 10_000
+    floor: bool = True
+    layers: bool = True
+
+
+EVALUATION_OPTIONS = tuple(Settings.__dataclass_fields__)
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """Checked settings; raises UsageError, naming the option."""
+    if unknown := options.keys() - set(EVALUATION_OPTIONS):
+        raise UsageError(
+            f"unknown option {min(unknown)!r}", where="evaluate", todo=f"known: {', '.join(EVALUATION_OPTIONS)}"
+        )
+    given = dict(options)
+    if isinstance(given.get("protocol"), str):
+        given["protocol"] = (given["protocol"],)
+    made = Settings(**{**given, "protocol": tuple(given.get("protocol") or ())})
+    least = {"limit": 1, "window": 2, "max_new_tokens": 1, "batch": 1, "resamples": 100}
+    for name, bound in least.items():
+        value = getattr(made, name)
+        if value is not None and value < bound:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{value} is too small", where=option, todo=f"give {bound} or more")
+    if not 0 <= made.margin < float("inf"):
+        raise UsageError(f"{made.margin} is no margin", where="--margin", todo="give nats, 0 or more")
+    if made.dtype not in ("auto", *DTYPES):
+        raise UsageError(f"unknown dtype {made.dtype!r}", where="--dtype", todo=f"auto, {', '.join(DTYPES)}")
+    for name in made.protocol:
+        if name not in VERSIONS:
+            raise UsageError(f"unknown protocol {name!r}", where="--protocol", todo=f"known: {', '.join(VERSIONS)}")
+    return made
+
+
+def choose_protocols(requested: Sequence[str], *, instruct: bool, has_text: bool) -> tuple[str, ...]:
+    """What was asked for, or what means something: KLD on own answers for a model with turns (and the text inside its
+    own turn, if a text was given), raw perplexity for one without.
+    """
+    if requested:
+        return tuple(dict.fromkeys(requested))
+    if not instruct:
+        return (RAW,)
+    return (ON_POLICY, FRAME) if has_text else (ON_POLICY,)
+
+
+def command_of(positional: Sequence[str], options: dict[str, Sequence[str]], settings: Settings) -> list[str]:
+    """The command line that makes the same record again: what differs from the defaults, by the names of `Settings`.
+
+    options  of the command that are no settings: name -> values, each becomes one option
+    """
+    words = ["halfbyte", "evaluate", *positional]
+    for name, values in options.items():
+        for value in values:
+            words += [f"--{name}", value]
+    for name, default in asdict(Settings()).items():
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [f"--{flag}", str(each)]
+    return words

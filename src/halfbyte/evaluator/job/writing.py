@@ -1,0 +1,101 @@
+"""The record of an evaluation, and the short one that goes beside a checkpoint's own weights.
+
+    OUT/halfbyte/evaluate.json          everything: bases, candidates, protocols, figures, effects, self-tests
+    OUT/vectors/*.npz                   the vectors that every figure is made of
+    CANDIDATE/halfbyte/evaluate.json    for a checkpoint that `halfbyte quantize` wrote: what its model card prints
+
+The short record carries the digest of the weights it speaks of, and is refused here if the files are not those that the
+quantize record names. Figures without an interval stay out of it: a number travels with its uncertainty or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import SourceError
+from halfbyte.evaluator.job.bases import Base, Entry
+from halfbyte.evaluator.job.settings import OF_CHATS
+from halfbyte.evaluator.weights import Nf4Weights
+from halfbyte.records import digest, read_record, write_record
+
+NAME = "evaluate"
+#: figure that bears the protocol's own name in a model card
+HEADLINES = {True: "kld mean", False: "ppl"}
+
+
+def write_card_records(body: Mapping[str, Any], bases: list[Base]) -> list[str]:
+    """An evaluate record in every candidate folder that has a quantize record; returns their paths."""
+    written = []
+    for base in bases:
+        for entry in base.candidates:
+            found = own_checkpoint(entry)
+            if found is not None:
+                folder, weights_digest = found
+                written.append(str(write_record(folder, NAME, _short(body, base, entry, weights_digest))))
+    return written
+
+
+def own_checkpoint(entry: Entry) -> tuple[Path, str] | None:
+    """(folder, weights_digest) if the candidate is a checkpoint with a quantize record, else None.
+
+    raises SourceError if the weights are not the recorded ones
+    """
+    weights = entry.weights
+    if not isinstance(weights, Nf4Weights) or not weights.source.path.is_dir():
+        return None
+    folder = weights.source.path
+    quantize = read_record(folder, "quantize")
+    if quantize is None:
+        return None
+    recorded = {name: file["sha256"] for name, file in quantize["files"].items()}
+    if weights.digest != digest({"config": weights.config, "files": recorded}):
+        raise SourceError(
+            "its weights are not those that its quantize record names",
+            where=str(folder),
+            todo="halfbyte verify says which; quantize again",
+        )
+    return folder, quantize["weights_digest"]
+
+
+def _short(body: Mapping[str, Any], base: Base, entry: Entry, weights_digest: str) -> dict[str, Any]:
+    results = []
+    for block in body["protocols"]:
+        if block["base"] == base.name:
+            results += _results(block, entry.id)
+    return {
+        "weights_digest": weights_digest,
+        "reference": {"label": base.reference.label, "digest": base.reference.digest},
+        "margin": body["settings"]["margin"],
+        "results": results,
+        "verdicts": [
+            {"protocol": block["protocol"], **said}
+            for block in body["protocols"] if block["base"] == base.name
+            for found in block["candidates"] if found["candidate"] == entry.id
+            for said in found["verdicts"]
+        ],
+        "run": body["run"],
+    }  # fmt: skip
+
+
+def _results(block: Mapping[str, Any], candidate: str) -> list[dict[str, Any]]:
+    headline = HEADLINES[block["protocol"] in OF_CHATS]
+    dataset = {
+        "name": ", ".join(file["name"] for file in block["data"]),
+        "type": "text-generation" if block["protocol"] in OF_CHATS else "text",
+        "sha256": block["rows"]["digest"].partition(":")[2],
+    }
+    stress = " (out of frame)" if block["out_of_frame"] else ""
+    (found,) = [found for found in block["candidates"] if found["candidate"] == candidate]
+    results = []
+    for figure in found["figures"]:
+        if figure["low"] is None or figure["high"] is None:
+            continue
+        own = "" if figure["figure"] == headline else f" {figure['figure']}"
+        results.append({
+            "metric": f"{block['protocol']}{own}{stress}", "value": figure["value"], "unit": figure["unit"],
+            "n": figure["n"], "documents": figure["documents"], "low": figure["low"], "high": figure["high"],
+            "dataset": dataset,
+        })  # fmt: skip
+    return results
