@@ -384,3 +384,15 @@ def test_verdict_and_counts_refuse_the_impossible() -> None:
 def test_more_questions_narrow_the_interval() -> None:
     widths = [high - low for _, low, high in (paired_difference(2 * k, 3 * k, 50 * k) for k in (1, 2, 4, 8))]
     assert all(a > b for a, b in pairwise(widths))
+
+
+def test_a_quantile_that_is_the_largest_value_is_unbounded() -> None:
+    """Not an interval of width 0: that no document reaches beyond it is ignorance."""
+    rng = np.random.default_rng(1)
+    documents = np.repeat(np.arange(20), 10)
+    cell = Cell(rng.lognormal(size=200), documents)
+    found = bootstrap_documents({"kld": cell}, [quantile("p999", "kld", 0.999)], resamples=500)["p999"]
+    assert found.point == cell.values.max()
+    assert (found.low, found.high) == (-np.inf, np.inf)
+    flat = bootstrap_documents({"kld": Cell(np.ones(200), documents)}, [quantile("p999", "kld", 0.999)], resamples=500)
+    assert (flat["p999"].low, flat["p999"].high) == (1, 1)

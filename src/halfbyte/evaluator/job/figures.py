@@ -13,7 +13,6 @@ larger than the noise floor's: then nothing is claimed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -134,16 +133,12 @@ def _root(value: Any) -> Any:
 def without_false_certainty(mine: Mapping[str, Estimate], arrays: Mapping[str, Any]) -> dict[str, Estimate]:
     """Where the resamples cannot vary, an interval of width 0 would claim what nobody knows.
 
-    A quantile that is the largest value met (p99.9 of 500 tokens) is not bounded by these tokens. If all tokens agree, or none,
-    Wilson's interval stands in, with documents as its trials. Neither applies to a candidate equal in every token: that is no
-    sample.
+    If all tokens agree, or none, Wilson's interval stands in, with documents as its trials. Not for a candidate equal in every
+    token: that is no sample.
     """
     most, found = float(arrays["kld"].max()), {name: _within_range(name, e) for name, e in mine.items()}
     if most == 0:
         return found
-    for name in QUANTILES:
-        if found[name].point == most:
-            found[name] = replace(found[name], low=0.0, high=math.inf)
     e = found["top-1 agreement"]
     if e.point in (0.0, 1.0):
         low, high = wilson(round(e.point * e.documents), e.documents, e.level)

@@ -130,15 +130,18 @@ def _quantile_limits(
 
     Woodruff 1952 ("Confidence intervals for medians and other position measures", JASA 47:635-646): that share is a mean,
     so it has a good interval; the values at the interval's ends bound the quantile. A share that reaches 1 leaves the
-    quantile unbounded above: too few tokens lie beyond it.
+    quantile unbounded above: too few tokens lie beyond it. So does a quantile that is the largest value met: no document
+    varies in the share below it, and that is ignorance, not certainty (unless all values are equal).
     """
     assert isinstance(statistic, Quantile)
     values, index = draw.rows[statistic.cell]
     point = draw.point(statistic)
     below: Floats = np.bincount(index, values <= point, minlength=draw.documents).astype(np.float64)
-    share, low, high, _ = bootstrap_t(lambda m: m, below[None], draw.counts[statistic.cell][None], draw.weights, level)
+    share, low, high, unsure = bootstrap_t(lambda m: m, below[None], draw.counts[statistic.cell][None], draw.weights, level)
     ordered = np.sort(values)
     tokens = len(ordered)
+    if unsure == 0 and ordered[0] < ordered[-1]:
+        low, high = -math.inf, math.inf
     # around q, not around the observed share: the two differ where values are tied
     low, high = (np.clip(statistic.q + edge - share, 0, 1) * tokens for edge in (low, high))
     first, last = math.ceil(low) - 1, math.floor(high)
