@@ -8,6 +8,8 @@ card or report that finds another digest in the checkpoint is an error, never a 
     quantize.json   what was written, hashes, seconds, peak memory      (quantizer)
     verify.json     every check with its verdict and figures            (verifier)
     generate.json   sanity prompts and answers                          (verifier)
+    evaluate.json   what it lost against its reference, with intervals  (evaluator)
+    qat.json        how a source was trained onto a grid                  (trainer)
 """
 
 from __future__ import annotations
