@@ -137,7 +137,9 @@ def _quantile_limits(
     values, index = draw.rows[statistic.cell]
     point = draw.point(statistic)
     below: Floats = np.bincount(index, values <= point, minlength=draw.documents).astype(np.float64)
-    share, low, high, unsure = bootstrap_t(lambda m: m, below[None], draw.counts[statistic.cell][None], draw.weights, level)
+    share, low, high, unsure = bootstrap_t(
+        lambda m: m, below[None], draw.counts[statistic.cell][None], draw.weights, level
+    )
     ordered = np.sort(values)
     tokens = len(ordered)
     if unsure == 0 and ordered[0] < ordered[-1]:
