@@ -8,7 +8,7 @@ optimizer's two moments and the step; continued on the same machine it gives the
 written as safetensors (no pickle) into a new folder that is renamed when complete, and only then is the old one removed.
 
 Weights and moments are float32. On a GPU the forward pass runs under bfloat16 autocast, or in TF32 without it: a model so
-small that launching kernels is what takes the time is better off without autocast's casts, and with its layers compiled.
+small that launching kernels is what takes the time is better off without autocast's casts, and with its step recorded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Settings:
     floor          last learning rate over the peak
     save_every     steps between checkpoints, 0 for none
     autocast       bfloat16 forward passes on a GPU; False: TF32
-    compiled       compile the model's layers (torch.compile, each kind of layer once)
     graphed        on a GPU, record the step as a CUDA graph (see `step` for what that asks of the model)
     """
 
@@ -59,7 +58,6 @@ class Settings:
     beta2: float = 0.98
     save_every: int = 0
     autocast: bool = True
-    compiled: bool = False
     graphed: bool = False
 
 
@@ -102,8 +100,6 @@ def train(
     )
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
-    if settings.compiled:
-        compile_layers(model)
     model.train()
     losses: list[torch.Tensor] = []
     started = time.perf_counter() - (curve[-1]["seconds"] if curve else 0)
@@ -130,14 +126,6 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile every member of the model's lists of layers, in place; equal layers share what is compiled."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                layer.compile(dynamic=False)
 
 
 def _read_losses(losses: list[torch.Tensor], last: int, settings: Settings, seconds: float) -> list[dict[str, float]]:

@@ -32,7 +32,7 @@ from halfbyte.demo.school.questions import TAUGHT, draw_question
 from halfbyte.trainer.losses import Batch
 from halfbyte.trainer.rows import Row, collate
 
-#: tokens a row of text and a row with a picture: two shapes, so that a compiled layer is compiled twice
+#: tokens a row of text and a row with a picture: fixed, so that a step can be recorded
 LENGTH, SHOWN_LENGTH = 256, 192
 SOFT_TOKENS = 64  # of a square picture: 24 x 24 patches, pooled 3 x 3
 #: last part of the Wikipedia text that is never taught, for measuring
