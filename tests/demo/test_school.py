@@ -138,7 +138,9 @@ def test_examining_an_untrained_model_finds_nothing_right(untrained: Path, proce
 
     model = AutoModelForImageTextToText.from_pretrained(untrained, dtype=torch.float32).eval()
     found = examine(model, processor.tokenizer, texts=20, pictures=4, device="cpu")
-    assert {area: (score["n"], score["right"]) for area, score in found.items()} == {"text": (20, 0), "image": (4, 0)}
+    sizes = {area: (score["n"], score["right"]) for area, score in found.items()}
+    assert sizes == {"text": (20, 0), "image": (4, 0), "apart": (1, 0)}
+    assert list(found["apart"]["kinds"]) == ["side"]
     assert sum(n for _, n in found["text"]["kinds"].values()) == 20
 
 

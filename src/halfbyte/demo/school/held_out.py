@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.demo.school.lessons import Frame, join, picture_batch, to_device
-from halfbyte.demo.school.picture_questions import draw_picture_questions
+from halfbyte.demo.school.picture_questions import APART, EXAMINED, draw_picture_questions
 from halfbyte.demo.school.questions import draw_questions
 from halfbyte.trainer.losses import Batch, scored_logits
 from halfbyte.trainer.rows import Row, collate
@@ -22,22 +22,27 @@ SEED = 7
 
 
 def examine(model: Any, tokenizer: Any, *, texts: int, pictures: int, device: str, size: int = 64) -> dict[str, Any]:
-    """{"text": {"n", "right", "kinds": {kind: [right, n]}}, "image": ...} over the first held-out questions of seed SEED."""
+    """{"text": {"n", "right", "kinds": {kind: [right, n]}}, "image": ..., "apart": ...} over the first held-out questions.
+
+    apart  what is taught and was not learned (`picture_questions`), over a quarter as many pictures
+    """
     frame = Frame(tokenizer)
     asked = draw_questions(SEED, texts, held_out=True)
     rows = [join([frame.turn(item.prompt, item.answer)], frame) for item in asked]
-    shown = draw_picture_questions(SEED, pictures, held_out=True)
-    seen = [join([frame.turn(item.prompt, item.answer, image=True)], frame) for _, item in shown]
-    right: dict[str, list[bool]] = {"text": [], "image": []}
+    right: list[bool] = []
     for at in range(0, texts, size):
         part = rows[at : at + size]
-        right["text"] += _exact(model, part, collate(part, frame.pad), device)
-    for at in range(0, pictures, size):
-        part = seen[at : at + size]
-        batch = picture_batch(part, [scene for scene, _ in shown[at : at + size]], frame)
-        right["image"] += _exact(model, part, batch, device)
-    kinds = {"text": [item.kind for item in asked], "image": [item.kind for _, item in shown]}
-    return {area: _tally(right[area], kinds[area]) for area in right}
+        right += _exact(model, part, collate(part, frame.pad), device)
+    found = {"text": _tally(right, [item.kind for item in asked])}
+    for area, families, n in (("image", EXAMINED, pictures), ("apart", APART, max(1, pictures // 4))):
+        shown = draw_picture_questions(SEED, n, held_out=True, families=families)
+        right = []
+        for at in range(0, n, size):
+            scenes = [scene for scene, _ in shown[at : at + size]]
+            part = [join([frame.turn(q.prompt, q.answer, image=True)], frame) for _, q in shown[at : at + size]]
+            right += _exact(model, part, picture_batch(part, scenes, frame), device)
+        found[area] = _tally(right, [item.kind for _, item in shown])
+    return found
 
 
 def _exact(model: Any, rows: Sequence[Row], batch: Batch, device: str) -> list[bool]:
