@@ -57,17 +57,21 @@ struct Params {
     u16* y;               // [m][n]
     float* partial;
     u32* counters;        // [row groups], zero before and after
-    u32 m, n, row_groups, k_blocks, slices, slice_warps, slots, parts;
+    const u32* parts_of;  // [row groups * slices + 1]: number of the first part in `partial`
+    u32 m, n, row_groups, k_blocks, slices, slice_warps, maps_count, reserved;
     float unit;
 };
 
 static_assert(GROUPS * ROW_TILES <= 8 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
 
+// Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
+// TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.
+#define TABLE_AT 2048
 #define TABLE_BYTES (ALU_WORDS == 4 ? 0 : 256 * TABLE_STRIDE)
 #define UNIT_BYTES (512 * ROW_TILES)
 #define CODE_BYTES (16 * ROW_TILES * SUBS)
 #define STAGE_BYTES (UNIT_BYTES + CODE_BYTES)
-#define MAP_AT TABLE_BYTES
+#define MAP_AT (TABLE_AT + TABLE_BYTES)
 #define RING_AT (MAP_AT + MAPS * 1024)
 #define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
 
@@ -80,6 +84,12 @@ template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.as
 __device__ __forceinline__ uint4 read16(u32 at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+template <int OFFSET> __device__ __forceinline__ u32 read4(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(at), "n"(OFFSET));
     return v;
 }
 
@@ -96,16 +106,16 @@ __device__ __forceinline__ u16 to_bf16(float v) {
 }
 
 // Four bytes -> the four A registers, through the table. `home` is the lane's column in it.
-__device__ __forceinline__ void look_up(const u8* table, u32 home, u32 word, u32 (&a)[4]) {
+__device__ __forceinline__ void look_up(u32 home, u32 word, u32 (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u32 at;
         if (TABLE_STRIDE == 256) {
-            at = __byte_perm(word, home, 0x5504 | (i << 4));  // byte i to bits 8..15, `home` to bits 0..7
+            at = __byte_perm(word, home, 0x7604 | (i << 4));  // byte i to bits 8..15 of `home`
         } else {
             at = ((i ? word >> (8 * i - 7) : word << 7) & 0x7f80u) | home;
         }
-        a[i] = *reinterpret_cast<const u32*>(table + at);
+        a[i] = read4<TABLE_AT>(at);
     }
 }
 
@@ -163,85 +173,61 @@ __device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row
             }
 }
 
-#define PART_FLOATS (ROW_TILES * GROUPS * 128)
+#define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
 
-// Leaves a warp's part of a row group; the last of all parts to arrive adds them up and writes the result.
-__device__ __forceinline__ void leave(const Params& p, Sums& sums, u32 slice, u32 warp, u32 row_group, u32 lane) {
-    const u32 units_before = slice * p.k_blocks / p.slices;
-    const u32 blocks = (slice + 1) * p.k_blocks / p.slices - units_before;
-    const u32 slot = row_group - first_unit(warp, p.row_groups * blocks, p.slice_warps) / blocks;
-    float* mine = p.partial + ((u64)(slice * p.slice_warps + warp) * p.slots + slot) * PART_FLOATS;
+// Leaves a warp's part of a row group; the last of all parts to arrive adds them up and writes the result. Parts of a row
+// group lie one after the other, in the order of K: `first` .. `first + expected`, `mine` among them.
+__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
+    const bool useful = 2 * (lane & 3) < p.m;
+    float4* part = reinterpret_cast<float4*>(p.partial) + (u64)mine * PART + lane;
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-        for (int q = 0; q < GROUPS; q++)
-            if (8 * q + 2 * (lane & 3) < p.m) {
-                float4 v = {sums[i][q][0], sums[i][q][1], sums[i][q][2], sums[i][q][3]};
-                __stcg(reinterpret_cast<float4*>(mine) + (i * GROUPS + q) * 32 + lane, v);
-            }
-    u32 expected = 0;
-    for (u32 s = 0; s < p.slices; s++) {
-        const u32 n = (s + 1) * p.k_blocks / p.slices - s * p.k_blocks / p.slices;
-        expected += owner((row_group + 1) * n - 1, p.row_groups * n, p.slice_warps) -
-                    owner(row_group * n, p.row_groups * n, p.slice_warps) + 1;
+    for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+        const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
+        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(part + i * 32, make_float4(v[0], v[1], v[2], v[3]));
     }
-    __threadfence();
+    const u32 first = p.parts_of[row_group * p.slices], expected = p.parts_of[(row_group + 1) * p.slices] - first;
     __syncwarp();
-    u32 before = 0;
-    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.counters + row_group) : "memory");
+    u32 before = 0;  // the release covers what the other lanes wrote before the barrier
+    if (lane == 0) asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.counters + row_group) : "memory");
     before = __shfl_sync(~0u, before, 0);
     if (before + 1 != expected) return;
     if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
-    __threadfence();
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
 
-    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 8 : ROW_TILES * GROUPS <= 4 ? 4 : 2;  // parts on their way at a time
+    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 4 : ROW_TILES * GROUPS <= 4 ? 2 : 1;  // parts on their way at a time
     Sums whole = {};
-    u32 s = 0, n = 0, w = 1, last = 0;  // the walk: slices in order, warps in order; the first step enters slice 0
-    for (u32 done = 0; done < expected; done += BATCH) {
-        const float4* from[BATCH];
-        float4 v[BATCH][ROW_TILES][GROUPS];
+    const float4* from = reinterpret_cast<const float4*>(p.partial) + (u64)first * PART + lane;
+#pragma unroll 1
+    for (u32 done = 0; done < expected; done += BATCH, from += BATCH * PART) {
+        float4 v[BATCH][ROW_TILES * GROUPS];
 #pragma unroll
-        for (int e = 0; e < BATCH; e++) {
-            if (done + e >= expected) break;
-            if (w > last) {
-                n = (s + 1) * p.k_blocks / p.slices - s * p.k_blocks / p.slices;
-                w = owner(row_group * n, p.row_groups * n, p.slice_warps);
-                last = owner((row_group + 1) * n - 1, p.row_groups * n, p.slice_warps);
-                s++;
+        for (int e = 0; e < BATCH; e++)
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+                v[e][i] = make_float4(0, 0, 0, 0);
+                if (done + e < expected && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
+                    v[e][i] = __ldcg(from + e * PART + i * 32);
             }
-            const u32 its = row_group - first_unit(w, p.row_groups * n, p.slice_warps) / n;
-            from[e] = reinterpret_cast<const float4*>(p.partial + ((u64)((s - 1) * p.slice_warps + w) * p.slots + its) * PART_FLOATS);
-            w++;
-        }
 #pragma unroll
         for (int e = 0; e < BATCH; e++)
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                for (int q = 0; q < GROUPS; q++) {
-                    v[e][i][q] = make_float4(0, 0, 0, 0);
-                    if (done + e < expected && 8 * q + 2 * (lane & 3) < p.m) v[e][i][q] = __ldcg(from[e] + (i * GROUPS + q) * 32 + lane);
-                }
-#pragma unroll
-        for (int e = 0; e < BATCH; e++)
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                for (int q = 0; q < GROUPS; q++)
-                    if (done + e < expected) {
-                        whole[i][q][0] += v[e][i][q].x;
-                        whole[i][q][1] += v[e][i][q].y;
-                        whole[i][q][2] += v[e][i][q].z;
-                        whole[i][q][3] += v[e][i][q].w;
-                    }
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {  // adding the zero of a part that is not there changes no bit
+                whole[i / GROUPS][i % GROUPS][0] += v[e][i].x;
+                whole[i / GROUPS][i % GROUPS][1] += v[e][i].y;
+                whole[i / GROUPS][i % GROUPS][2] += v[e][i].z;
+                whole[i / GROUPS][i % GROUPS][3] += v[e][i].w;
+            }
     }
     write(p, whole, row_group, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 memory[];
-    const u32 shared = (u32)__cvta_generic_to_shared(memory);
-    const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const u32 base = (u32)__cvta_generic_to_shared(memory);
+    const u32 shared = base & 0xff000000u;  // 0, or the block's number in a cluster
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const u32 g = lane >> 2, t = lane & 3;
     const u32 slice = blockIdx.x % p.slices, warp = blockIdx.x / p.slices * WARPS + (threadIdx.x >> 5);
     const u32 k0 = slice * p.k_blocks / p.slices, blocks = (slice + 1) * p.k_blocks / p.slices - k0;
     const u32 units = p.row_groups * blocks;
@@ -283,12 +269,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
     if (ALU_WORDS < 4) {
         for (u32 entry = (threadIdx.x >> 5) * 4 + (lane >> 3); entry < 256; entry += WARPS * 4) {
             const u32 v = p.table[entry];
-            *reinterpret_cast<uint4*>(memory + entry * TABLE_STRIDE + (lane & 7) * 16) = make_uint4(v, v, v, v);
+            const u32 at = shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16;
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(v) : "memory");
         }
     }
     Levels levels;
     if (ALU_WORDS > 0) levels = read_levels(p.table);
-    for (u32 i = threadIdx.x; i < 256 * p.parts; i += WARPS * 32) reinterpret_cast<float*>(memory + MAP_AT)[i] = p.maps[i];
+    for (u32 i = threadIdx.x; i < 256 * p.maps_count; i += WARPS * 32)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared + MAP_AT + 4 * i), "f"(p.maps[i]) : "memory");
 
 #if EARLY && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -310,17 +298,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
     int4 group = {0, 0, 0, 0};
     u32 block = 0;  // number of the scale that this lane expands next; 256 of them share a nested scale
     float nested = 0;
-    const float* map = nullptr;
+    u32 map = 0;
+    const u32 home = shared | lane * 4;
+    const u32 weight_at = lane * 16, code_at = UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
     auto enter = [&]() {
         group = p.groups[row_group];
         block = group.x + own_row * row_blocks + (k0 + k) * SUBS;
         nested = p.nested[block >> 8];
-        map = reinterpret_cast<const float*>(memory + MAP_AT) + 256 * group.z;
+        map = shared + MAP_AT + 1024 * group.z;
     };
     if (start < end) enter();
 
     Sums sums = {};
     bool whole = k == 0;
+    // The number of this warp's part: all that follow the first begin their row group.
+    u32 part = start < end ? p.parts_of[row_group * p.slices + slice] + warp - owner(row_group * blocks, units, p.slice_warps) : 0;
     u32 stage = ring;
     for (u32 unit = start; unit < end; unit++) {
         wait<DEPTH - 2>();
@@ -331,14 +323,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
         float scale[SUBS];
 #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
-            const u8 c = memory[stage - shared + UNIT_BYTES + sub * 16 * ROW_TILES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1))];
-            scale[sub] = fmaf(map[c], nested, __int_as_float(group.y));
+            u32 c;
+            asm volatile("ld.shared.u8 %0, [%1];" : "=r"(c) : "r"(stage + code_at + sub * 16 * ROW_TILES));
+            scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * c)), nested, __int_as_float(group.y));
         }
         block += SUBS;
 
         uint4 tile[ROW_TILES];
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(stage + i * 512 + lane * 16);
+        for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(stage + i * 512 + weight_at);
         float acc[ROW_TILES][GROUPS][4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -361,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
                     const u32 word = j == 0 ? tile[i].x : j == 1 ? tile[i].y : j == 2 ? tile[i].z : tile[i].w;
                     u32 a[4];
                     if (j >= 4 - ALU_WORDS) permute(levels, word, a);
-                    else look_up(memory, lane * 4, word, a);
+                    else look_up(home, word, a);
 #pragma unroll
                     for (int q = 0; q < GROUPS; q++) multiply(acc[i][q], a, step ? b[q].z : b[q].x, step ? b[q].w : b[q].y);
                 }
@@ -388,13 +381,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
         for (int q = 0; q < GROUPS; q++) x_at[q] += 128;
         if (k == blocks || unit + 1 == end) {
             if (whole && k == blocks && p.slices == 1) write(p, sums, row_group, lane);
-            else leave(p, sums, slice, warp, row_group, lane);
+            else leave(p, sums, row_group, part, lane);
 #pragma unroll
             for (int q = 0; q < GROUPS; q++) x_at[q] -= k * 128;
             k = 0;
             whole = true;
             row_group++;
-            if (unit + 1 < end) enter();
+            if (unit + 1 < end) {
+                enter();
+                part = p.parts_of[row_group * p.slices + slice];
+            }
 #pragma unroll
             for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
