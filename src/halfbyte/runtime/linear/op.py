@@ -1,0 +1,131 @@
+"""torch.ops.halfbyte.nf4_linear: y = x W^T, by whichever path is right for the batch and the device.
+
+    CUDA, bf16, 1 to 64 rows of x     the kernel, 32 rows at a time (halfbyte.runtime.kernels)
+    CUDA, more rows                   the weight expanded into one reused buffer, then cuBLAS
+    anything else                     halfbyte.runtime.linear.reference
+
+A batch of 1 to 16 gives each of its rows the bits it would have alone. The op has a fake, so torch.compile and CUDA graphs take it as
+one node; it has no gradient.
+
+The catch: without NVRTC (a torch for another CUDA) every CUDA call takes the reference path, with one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+from halfbyte.errors import ShapeMismatch
+from halfbyte.runtime.kernels.build import NoCompiler
+from halfbyte.runtime.linear import reference
+
+#: rows of x up to which the weight is read by the kernel, once for each 32
+MOST_KERNEL_ROWS = 64
+
+
+@torch.library.custom_op("halfbyte::nf4_linear", mutates_args=())
+def nf4_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    """x [..., columns] -> [..., rows] in x's dtype; the other tensors are those of `Nf4Weight`.
+
+    raises  ShapeMismatch if x has not the weight's columns
+    """
+    check_columns(x, tiles, codes, groups)
+    return reference.linear(x, tiles, codes, nested, groups, maps)
+
+
+@nf4_linear.register_fake
+def _(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], tiles.numel() * 2 // x.shape[-1]))
+
+
+@nf4_linear.register_kernel("cuda")
+def _(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    check_columns(x, tiles, codes, groups)
+    if x.dtype != torch.bfloat16 or (reason := why_no_kernel(x.device)) is not None:
+        if x.dtype == torch.bfloat16:
+            _warn_once(reason)
+        return reference.linear(x, tiles, codes, nested, groups, maps)
+    from halfbyte.runtime.kernels import launch
+
+    weight = launch.Tensors(tiles, codes, nested, groups, maps, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.data_ptr() % 16:
+        flat = flat.clone()
+    rows = flat.shape[0]
+    if rows == 0:
+        y = flat.new_empty(0, weight.rows)
+    elif rows <= MOST_KERNEL_ROWS:
+        pieces = [launch.linear(piece, weight) for piece in flat.split(32)]
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    else:
+        expanded = buffer(x.device, weight.rows * weight.columns).view(weight.rows, weight.columns)
+        launch.dequantize(weight, expanded)
+        y = torch.nn.functional.linear(flat, expanded)
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def check_columns(x: torch.Tensor, tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> None:
+    """raises ShapeMismatch if the sizes of x and the weight's tensors cannot belong together"""
+    columns = x.shape[-1] if x.dim() else 0
+    if columns >= 64 and columns % 64 == 0 and tiles.numel() * 2 % columns == 0:
+        rows, row_tiles, subs = reference.sizes(tiles, codes, groups, columns)
+        fits = rows == groups.shape[0] * 16 * row_tiles and codes.numel() * 64 == rows * columns * subs
+        if fits and row_tiles in (1, 2) and subs in (1, 2):
+            return
+    raise ShapeMismatch(f"x of {list(x.shape)} does not fit a weight of {tiles.numel() * 2} elements", where="nf4_linear")
+
+
+@cache
+def why_no_kernel(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a GPU, or None: its age, its shared memory, or a compiler that is not there."""
+    from halfbyte.runtime.kernels import driver
+
+    found = driver.device_of(device.index or 0)
+    if found.capability < (8, 0):
+        return f"compute capability {found.capability[0]}.{found.capability[1]} has no bf16 tensor cores"
+    if found.shared_bytes < 96 << 10:
+        return f"{found.shared_bytes} bytes of shared memory are too few"
+    try:
+        driver.function(device.index or 0, "nf4_dequantize", ("-DROW_TILES=2", "-DSUBS=1"))
+    except (NoCompiler, driver.LaunchFailed, ImportError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def _warn_once(reason: str | None) -> None:
+    warnings.warn(f"NF4 kernels are off, slow path taken: {reason}", stacklevel=2)
+
+
+_buffers: dict[torch.device, torch.Tensor] = {}
+
+
+def buffer(device: torch.device, elements: int) -> torch.Tensor:
+    """The reused bf16 buffer of a GPU, its first `elements`. It grows to the largest weight (462 MB for 43008 x 5376)."""
+    found = _buffers.get(device)
+    if found is None or found.numel() < elements:
+        _buffers[device] = found = torch.empty(elements, dtype=torch.bfloat16, device=device)
+    return found[:elements]
