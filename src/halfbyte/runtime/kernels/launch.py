@@ -55,12 +55,16 @@ class Tensors:
     nested: torch.Tensor
     groups: torch.Tensor
     maps: torch.Tensor
-    columns: int
 
     @property
     def rows(self) -> int:
         """N."""
-        return self.tiles.numel() * 2 // self.columns
+        return self.tiles.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return 2 * self.tiles.shape[1]
 
     @property
     def row_tiles(self) -> int:

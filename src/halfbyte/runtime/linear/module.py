@@ -76,11 +76,12 @@ class Nf4Linear(torch.nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves, but does not change dtypes: `model.half()` must not touch scales."""
-        kept = {name: getattr(self, name).dtype for name in ("nested", "maps")}
+        """Moves like any module, but `model.to(torch.bfloat16)` does not touch the scales: they are part of the format."""
+        exact = {name: getattr(self, name) for name in ("nested", "maps")}
         moved = super()._apply(fn, recurse)
-        if any(getattr(self, name).dtype != dtype for name, dtype in kept.items()):
-            raise UsageError("scales are float32", where="Nf4Linear", todo="move it with .to(device), not to a dtype")
+        for name, tensor in exact.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
         return moved
 
     def extra_repr(self) -> str:

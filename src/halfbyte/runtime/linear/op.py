@@ -51,7 +51,7 @@ def _(
     groups: torch.Tensor,
     maps: torch.Tensor,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], tiles.numel() * 2 // x.shape[-1]))
+    return x.new_empty((*x.shape[:-1], tiles.shape[0]))
 
 
 @nf4_linear.register_kernel("cuda")
@@ -70,7 +70,7 @@ def _(
         return reference.linear(x, tiles, codes, nested, groups, maps)
     from halfbyte.runtime.kernels import launch
 
-    weight = launch.Tensors(tiles, codes, nested, groups, maps, x.shape[-1])
+    weight = launch.Tensors(tiles, codes, nested, groups, maps)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
@@ -89,13 +89,13 @@ def _(
 
 def check_columns(x: torch.Tensor, tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> None:
     """raises ShapeMismatch if the sizes of x and the weight's tensors cannot belong together"""
-    columns = x.shape[-1] if x.dim() else 0
-    if columns >= 64 and columns % 64 == 0 and tiles.numel() * 2 % columns == 0:
-        rows, row_tiles, subs = reference.sizes(tiles, codes, groups, columns)
+    if x.dim() and x.shape[-1] == 2 * tiles.shape[1] and x.shape[-1] % 64 == 0 and len(groups):
+        rows, columns, row_tiles, subs = reference.sizes(tiles, codes, groups)
         fits = rows == groups.shape[0] * 16 * row_tiles and codes.numel() * 64 == rows * columns * subs
         if fits and row_tiles in (1, 2) and subs in (1, 2):
             return
-    raise ShapeMismatch(f"x of {list(x.shape)} does not fit a weight of {tiles.numel() * 2} elements", where="nf4_linear")
+    shape = [tiles.shape[0], 2 * tiles.shape[1]]
+    raise ShapeMismatch(f"x of {list(x.shape)} does not fit a weight {shape}", where="nf4_linear")
 
 
 @cache
@@ -124,7 +124,12 @@ _buffers: dict[torch.device, torch.Tensor] = {}
 
 
 def buffer(device: torch.device, elements: int) -> torch.Tensor:
-    """The reused bf16 buffer of a GPU, its first `elements`. It grows to the largest weight (462 MB for 43008 x 5376)."""
+    """The reused bf16 buffer of a GPU, its first `elements`. It grows to the largest weight (462 MB for 43008 x 5376).
+
+    A captured graph gets one of its own: the shared one may be replaced by a larger one.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(elements, dtype=torch.bfloat16, device=device)
     found = _buffers.get(device)
     if found is None or found.numel() < elements:
         _buffers[device] = found = torch.empty(elements, dtype=torch.bfloat16, device=device)

@@ -12,10 +12,10 @@ from halfbyte import codec
 from halfbyte.runtime.linear import layout
 
 
-def sizes(tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, columns: int) -> tuple[int, int, int]:
-    """Rows, tiles of a row group, scales in 64 columns: what the tensors' sizes say."""
-    rows = tiles.numel() * 2 // columns
-    return rows, rows // layout.TILE_ROWS // groups.shape[0], codes.numel() * layout.TILE_COLUMNS // (rows * columns)
+def sizes(tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns, tiles of a row group, scales in 64 columns: what the tensors' sizes say."""
+    rows, columns = tiles.shape[0], 2 * tiles.shape[1]
+    return rows, columns, rows // layout.TILE_ROWS // groups.shape[0], codes.numel() * layout.TILE_COLUMNS // (rows * columns)
 
 
 def scales(
@@ -35,11 +35,10 @@ def dequantize(
     nested: torch.Tensor,
     groups: torch.Tensor,
     maps: torch.Tensor,
-    columns: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """The weights [rows, columns] of `dtype`: the codec's bits."""
-    rows, row_tiles, subs = sizes(tiles, codes, groups, columns)
+    rows, columns, row_tiles, subs = sizes(tiles, codes, groups)
     absmax = scales(codes, nested, groups, maps, row_tiles, subs)
     packed = layout.untile(tiles, rows, row_tiles)
     flat = codec.dequantize_blocks(packed, absmax, rows * columns, layout.TILE_COLUMNS // subs, dtype)
@@ -55,4 +54,4 @@ def linear(
     maps: torch.Tensor,
 ) -> torch.Tensor:
     """x [..., columns] -> [..., rows], in x's dtype."""
-    return torch.nn.functional.linear(x, dequantize(tiles, codes, nested, groups, maps, x.shape[-1], x.dtype))
+    return torch.nn.functional.linear(x, dequantize(tiles, codes, nested, groups, maps, x.dtype))

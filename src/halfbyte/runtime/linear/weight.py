@@ -39,7 +39,7 @@ class Part:
 class Nf4Weight:
     """A weight [rows, columns] in the layout of `layout`.
 
-    tiles   uint8 [rows * columns / 2]         codes uint8 [rows * columns / blocksize]
+    tiles   uint8 [rows, columns / 2], only its size means rows and columns      codes uint8 [rows * columns / blocksize]
     nested  float32, part after part            maps  float32 [parts, 256]
     groups  int32 [rows / (16 * row_tiles), 4], see above
     """
@@ -99,7 +99,7 @@ def weight_from(stored: Sequence[StoredWeight]) -> Nf4Weight:
     row_tiles = 2 if all(part.rows % 32 == 0 for part in stored) else 1
     device = stored[0].packed.device
     return Nf4Weight(
-        tiles=layout.tile(torch.cat([part.packed for part in stored]), rows, row_tiles),
+        tiles=layout.tile(torch.cat([part.packed for part in stored]), rows, row_tiles).view(rows, columns // 2),
         codes=layout.tile_codes(torch.cat([part.absmax for part in stored]), rows, row_tiles, subs),
         nested=torch.cat([part.nested_absmax for part in stored]),
         groups=_groups_of(stored, row_tiles).to(device),
