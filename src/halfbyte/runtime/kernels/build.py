@@ -18,7 +18,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 
-OPTIONS = ("--std=c++17", "--extra-device-vectorization")
+OPTIONS = ("--std=c++17",)
 
 
 class NoCompiler(HalfbyteError):
@@ -67,7 +67,7 @@ def compile_source(name: str, source: str, options: tuple[str, ...]) -> bytes:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), nvrtc)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise NoCompiler(f"{name}.cu does not compile: {log.decode(errors='replace').strip()[:2000]}")
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), nvrtc)
+    code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), nvrtc)
     _checked(nvrtc.nvrtcGetCUBIN(program, code), nvrtc)
     nvrtc.nvrtcDestroyProgram(program)
     return code

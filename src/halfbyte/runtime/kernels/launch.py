@@ -143,10 +143,13 @@ def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: varia
     return Partition(row_groups, k_blocks, slices, device.multiprocessors // slices * variant.warps)
 
 
-def linear(x: torch.Tensor, weight: Tensors, variant: Variant | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: Tensors, variant: Variant | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [m, columns] bf16, contiguous, 1 <= m <= MOST_ROWS, on the weight's GPU -> [m, rows] bf16.
 
     variant  None: `variants.default_variant`
+    out      bf16 [m, rows], contiguous, to write into
     raises   NoCompiler, UsageError (the variant does not fit)
     """
     m, index = x.shape[0], x.device.index or 0
@@ -162,7 +165,7 @@ def linear(x: torch.Tensor, weight: Tensors, variant: Variant | None = None) -> 
     parts, count = _parts(partition, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     space = _workspace(x.device, stream, count * variant.row_tiles * variant.groups * 128, row_groups)
-    y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device) if out is None else out
     arguments = _LinearArguments(
         **weight.pointers(), table=_small_tables(x.device)[0].data_ptr(), x=x.data_ptr(), y=y.data_ptr(),
         partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), parts_of=parts.data_ptr(),

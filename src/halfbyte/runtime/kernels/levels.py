@@ -30,7 +30,8 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 def bf16_values(bits: np.ndarray) -> np.ndarray:
     """Bits of bf16 -> float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide: np.ndarray = bits.astype(np.uint32) << 16
+    return wide.view(np.float32)
 
 
 def pair_table() -> np.ndarray:

@@ -29,6 +29,7 @@ class Nf4Linear(torch.nn.Module):
     nested: torch.Tensor
     groups: torch.Tensor
     maps: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None = None) -> None:
         super().__init__()

@@ -15,7 +15,12 @@ from halfbyte.runtime.linear import layout
 def sizes(tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> tuple[int, int, int, int]:
     """Rows, columns, tiles of a row group, scales in 64 columns: what the tensors' sizes say."""
     rows, columns = tiles.shape[0], 2 * tiles.shape[1]
-    return rows, columns, rows // layout.TILE_ROWS // groups.shape[0], codes.numel() * layout.TILE_COLUMNS // (rows * columns)
+    return (
+        rows,
+        columns,
+        rows // layout.TILE_ROWS // groups.shape[0],
+        codes.numel() * layout.TILE_COLUMNS // (rows * columns),
+    )
 
 
 def scales(
