@@ -51,11 +51,14 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 TRIED = (
-    Variant(alu_words=1), Variant(alu_words=4), Variant(table_stride=128), Variant(depth=3), Variant(depth=6, warps=8),
-    Variant(warps=12, depth=5), Variant(warps=24, depth=3), Variant(early=True),
+    Variant(alu_words=1), Variant(alu_words=2), Variant(alu_words=4), Variant(table_stride=128), Variant(depth=3),
+    Variant(warps=8, depth=6), Variant(warps=12, depth=5), Variant(warps=24, depth=3), Variant(early=True),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128),
+    Variant(warps=8, depth=5, early=True, resident=2, table_stride=128),
+    Variant(warps=12, depth=4, early=True, resident=2, alu_words=4),
 )  # fmt: skip
 TUNED = (
-    *TRIED, Variant(alu_words=2), Variant(depth=2), Variant(warps=8, depth=8), Variant(warps=8, depth=4), Variant(warps=12),
+    *TRIED, Variant(depth=2), Variant(warps=8, depth=8), Variant(warps=8, depth=4), Variant(warps=12),
     Variant(warps=12, depth=4, alu_words=1), Variant(warps=20, depth=3), Variant(warps=16, depth=3, alu_words=1),
     Variant(warps=24, depth=2), Variant(warps=24, depth=3, alu_words=1), Variant(warps=12, depth=6, early=True),
 )  # fmt: skip
@@ -141,7 +144,7 @@ def fitting_variants(m: int, k_blocks: int, tried: tuple[Variant, ...]) -> dict[
             continue
         if chosen.shared_bytes(m, -(-k_blocks // slices)) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth} alu{chosen.alu_words} t{chosen.table_stride} s{slices}"
-            found[name + (" early" if chosen.early else "")] = chosen
+            found[name + (f" early{chosen.resident}" if chosen.early else "")] = chosen
     return found
 
 

@@ -12,6 +12,7 @@ level falls from 0.31 % to 0.17 %. It costs one multiplication an output.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.codec.codebook import NF4_LEVELS
 
@@ -22,19 +23,19 @@ LEVEL_SCALE = 1.4367132186889648
 UNIT = float(np.float32(1 / LEVEL_SCALE))
 
 
-def bf16_bits(values: np.ndarray) -> np.ndarray:
+def bf16_bits(values: NDArray[np.floating]) -> NDArray[np.uint16]:
     """float64 or float32 -> bits of the nearest bf16 (ties to even), uint16."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def bf16_values(bits: np.ndarray) -> np.ndarray:
+def bf16_values(bits: NDArray[np.unsignedinteger]) -> NDArray[np.float32]:
     """Bits of bf16 -> float32."""
-    wide: np.ndarray = bits.astype(np.uint32) << 16
+    wide: NDArray[np.uint32] = bits.astype(np.uint32) << np.uint32(16)
     return wide.view(np.float32)
 
 
-def pair_table() -> np.ndarray:
+def pair_table() -> NDArray[np.uint32]:
     """Byte -> two scaled levels, uint32 [256]: even element in the low half."""
     levels = bf16_bits(LEVEL_SCALE * np.asarray(NF4_LEVELS, dtype=np.float64)).astype(np.uint32)
     byte = np.arange(256)

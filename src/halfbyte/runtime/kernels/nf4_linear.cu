@@ -16,7 +16,10 @@
 // Compiled by NVRTC; no header is included. The index arithmetic is walked through in Python by tests/runtime/emulation.py.
 
 #ifndef WARPS
-#define WARPS 16       // warps in a block; one block a multiprocessor
+#define WARPS 16       // warps in a block; a launch has one block a multiprocessor
+#endif
+#ifndef RESIDENT
+#define RESIDENT 1     // blocks that must fit a multiprocessor: 2 lets the next launch get ready beside this one (EARLY)
 #endif
 #ifndef ROW_TILES
 #define ROW_TILES 2    // row tiles in a unit: 1 or 2
@@ -221,7 +224,7 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     write(p, whole, row_group, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 base = (u32)__cvta_generic_to_shared(memory);
     const u32 shared = base & 0xff000000u;  // 0, or the block's number in a cluster

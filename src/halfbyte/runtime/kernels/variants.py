@@ -53,6 +53,7 @@ class Variant:
     table_stride  256 or 128 bytes
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
+    resident      blocks that have room on a multiprocessor: with 2, an early launch gets ready beside its predecessor
     """
 
     warps: int = 16
@@ -63,12 +64,23 @@ class Variant:
     table_stride: int = 256
     subs: int = 1
     early: bool = False
+    resident: int = 1
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Compiler options that select it."""
         names = ("warps", "row_tiles", "groups", "depth", "alu_words", "table_stride", "subs", "early")
-        return tuple(f"-D{name.upper()}={int(getattr(self, name))}" for name in names)
+        chosen = tuple(f"-D{name.upper()}={int(getattr(self, name))}" for name in names)
+        return (*chosen, f"-DRESIDENT={self.beside}")
+
+    @property
+    def beside(self) -> int:
+        """Blocks on a multiprocessor: more than one group of x leaves room for one."""
+        return self.resident if self.groups == 1 else 1
+
+    def room(self, device: Device) -> int:
+        """Shared memory of a block, bytes; each block beside another costs 1024 more."""
+        return device.shared_bytes if self.beside == 1 else device.shared_bytes // self.beside - 1024
 
     @property
     def rows(self) -> int:
@@ -88,7 +100,7 @@ class Variant:
 
     def most_blocks(self, rows: int, device: Device) -> int:
         """Blocks of 64 columns that a slice may have, so that `rows` rows of it fit."""
-        return ((device.shared_bytes - self.fixed_bytes) // rows - 64) // (2 * _BLOCK_COLUMNS)
+        return ((self.room(device) - self.fixed_bytes) // rows - 64) // (2 * _BLOCK_COLUMNS)
 
 
 def choose_slices(k_blocks: int, most_blocks: int, multiprocessors: int) -> int:
@@ -109,15 +121,17 @@ def choose_slices(k_blocks: int, most_blocks: int, multiprocessors: int) -> int:
     return best
 
 
-def split_variant(variant: Variant) -> Variant:
-    """The variant that decides the split for up to SHARED_ROWS rows: two groups and the small table, which fit least and most."""
-    return replace(variant, groups=max(variant.groups, SHARED_ROWS // 8), table_stride=128, early=False)
-
-
 def slices_for(variant: Variant, k_blocks: int, device: Device) -> int:
-    """Slices of K for a variant; equal for all variants with one or two groups that agree in warps, depth and layout."""
-    shared = split_variant(variant)
-    return choose_slices(k_blocks, shared.most_blocks(shared.rows, device), device.multiprocessors)
+    """Slices of K for a variant; equal for all variants with one or two groups that agree in everything else but the table.
+
+    So many that SHARED_ROWS rows of x fit beside the smaller table, and 8 rows also where two blocks share a multiprocessor.
+    """
+    small = replace(variant, table_stride=128)
+    shared = replace(small, groups=max(variant.groups, SHARED_ROWS // 8))
+    most = shared.most_blocks(shared.rows, device)
+    if variant.groups <= SHARED_ROWS // 8:
+        most = min(most, replace(small, groups=1).most_blocks(8, device))
+    return choose_slices(k_blocks, most, device.multiprocessors)
 
 
 def default_variant(rows: int, row_tiles: int, subs: int, k_blocks: int, device: Device) -> Variant:
@@ -132,4 +146,5 @@ def fitting(variant: Variant, rows: int, k_blocks: int, device: Device) -> Varia
     """The variant with the larger table if that fits, else with the smaller. The bits are the same."""
     blocks = -(-k_blocks // slices_for(variant, k_blocks, device))
     large = replace(variant, table_stride=256)
-    return large if large.shared_bytes(rows, blocks) <= device.shared_bytes else replace(variant, table_stride=128)
+    fits = large.shared_bytes(rows, blocks) <= variant.room(device)
+    return large if fits else replace(variant, table_stride=128)
