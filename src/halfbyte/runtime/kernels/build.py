@@ -18,6 +18,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 
+HEADER = "machine.cuh"
 OPTIONS = ("--std=c++17",)
 
 
@@ -26,8 +27,12 @@ class NoCompiler(HalfbyteError):
 
 
 def source_of(name: str) -> str:
-    """The text of NAME.cu."""
-    return Path(__file__).with_name(f"{name}.cu").read_text(encoding="utf-8")
+    """The text of NAME.cu, with the one header it includes put in place."""
+    folder = Path(__file__).parent
+    include = f'#include "{HEADER}"'
+    text = (folder / f"{name}.cu").read_text(encoding="utf-8")
+    assert text.count(include) == 1
+    return text.replace(include, (folder / HEADER).read_text(encoding="utf-8"))
 
 
 def cache_folder() -> Path:

@@ -37,6 +37,7 @@ def bf16_values(bits: NDArray[np.unsignedinteger]) -> NDArray[np.float32]:
 
 def pair_table() -> NDArray[np.uint32]:
     """Byte -> two scaled levels, uint32 [256]: even element in the low half."""
-    levels = bf16_bits(LEVEL_SCALE * np.asarray(NF4_LEVELS, dtype=np.float64)).astype(np.uint32)
+    levels: NDArray[np.uint32] = bf16_bits(LEVEL_SCALE * np.asarray(NF4_LEVELS, dtype=np.float64)).astype(np.uint32)
     byte = np.arange(256)
-    return levels[byte >> 4] | (levels[byte & 15] << 16)
+    pairs: NDArray[np.uint32] = levels[byte >> 4] | (levels[byte & 15] << np.uint32(16))
+    return pairs

@@ -12,10 +12,7 @@
 #endif
 #define WARPS 8
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "machine.cuh"
 
 struct Params {
     const u8* weight;
@@ -27,12 +24,6 @@ struct Params {
     u16* out;             // [n][64 * k_blocks]
     u32 row_groups, k_blocks;
 };
-
-__device__ __forceinline__ u32 pack(float even, float odd) {
-    u32 v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(odd), "f"(even));
-    return v;
-}
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_dequantize(const __grid_constant__ Params p) {
     __shared__ float levels[16];
@@ -59,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_dequantize(const __
 #pragma unroll
                     for (int pair = 0; pair < 4; pair++) {
                         const u32 byte = words[2 * half + (pair >> 1)] >> (8 * (h + 2 * (pair & 1)));
-                        out[pair] = pack(__fmul_rn(levels[(byte >> 4) & 15], scale), __fmul_rn(levels[byte & 15], scale));
+                        out[pair] = to_bf16_pair(__fmul_rn(levels[(byte >> 4) & 15], scale), __fmul_rn(levels[byte & 15], scale));
                     }
                     const u64 at = ((u64)row_group * 16 * ROW_TILES + row) * p.k_blocks * 64 + k * 64 + half * 32 + t * 8;
                     *reinterpret_cast<uint4*>(p.out + at) = make_uint4(out[0], out[1], out[2], out[3]);

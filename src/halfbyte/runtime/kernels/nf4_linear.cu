@@ -13,7 +13,10 @@
 //     Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits, and
 //     a row of x gives the same bits in any batch of 1 to 16.
 //
-// Compiled by NVRTC; no header is included. The index arithmetic is walked through in Python by tests/runtime/emulation.py.
+// Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
+// CPU in tests/runtime/test_host.py.
+
+#include "machine.cuh"
 
 #ifndef WARPS
 #define WARPS 16       // warps in a block; a launch has one block a multiprocessor
@@ -44,11 +47,6 @@
 #endif
 #define MAPS 4         // parts stacked in one weight, at most
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
 struct Params {
     const u8* weight;     // [row groups][k blocks][ROW_TILES][512]
     const u8* codes;      // [row groups][k blocks][SUBS][8][2 * ROW_TILES]
@@ -77,36 +75,6 @@ static_assert(GROUPS * ROW_TILES <= 8 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WOR
 #define MAP_AT (TABLE_AT + TABLE_BYTES)
 #define RING_AT (MAP_AT + MAPS * 1024)
 #define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
-
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-
-__device__ __forceinline__ uint4 read16(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
-template <int OFFSET> __device__ __forceinline__ u32 read4(u32 at) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(at), "n"(OFFSET));
-    return v;
-}
-
-__device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u16 to_bf16(float v) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-    return bits;
-}
 
 // Four bytes -> the four A registers, through the table. `home` is the lane's column in it.
 __device__ __forceinline__ void look_up(u32 home, u32 word, u32 (&a)[4]) {
@@ -190,12 +158,11 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     }
     const u32 first = p.parts_of[row_group * p.slices], expected = p.parts_of[(row_group + 1) * p.slices] - first;
     __syncwarp();
-    u32 before = 0;  // the release covers what the other lanes wrote before the barrier
-    if (lane == 0) asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.counters + row_group) : "memory");
+    u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
     before = __shfl_sync(~0u, before, 0);
     if (before + 1 != expected) return;
     if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    acquire();
 
     constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 4 : ROW_TILES * GROUPS <= 4 ? 2 : 1;  // parts on their way at a time
     Sums whole = {};
@@ -225,11 +192,8 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(const __grid_constant__ Params p) {
-    extern __shared__ __align__(1024) u8 memory[];
-    const u32 base = (u32)__cvta_generic_to_shared(memory);
-    const u32 shared = base & 0xff000000u;  // 0, or the block's number in a cluster
-    u32 lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
+    const u32 lane = lane_id();
     const u32 g = lane >> 2, t = lane & 3;
     const u32 slice = blockIdx.x % p.slices, warp = blockIdx.x / p.slices * WARPS + (threadIdx.x >> 5);
     const u32 k0 = slice * p.k_blocks / p.slices, blocks = (slice + 1) * p.k_blocks / p.slices - k0;
@@ -258,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
                 ahead_k = 0;
                 if (++ahead_group < p.row_groups) {  // the nested scales of the next row group: 4 bytes for 16,384 weights
                     const u32 first = p.groups[ahead_group].x + own_row * row_blocks + k0 * SUBS;
-                    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.nested + (first >> 8)));
+                    prefetch(p.nested + (first >> 8));
                 }
             }
         }
@@ -270,34 +234,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
 
     // Tables, while the first weights are on their way.
     if (ALU_WORDS < 4) {
-        for (u32 entry = (threadIdx.x >> 5) * 4 + (lane >> 3); entry < 256; entry += WARPS * 4) {
-            const u32 v = p.table[entry];
-            const u32 at = shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16;
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(v) : "memory");
-        }
+        for (u32 entry = (threadIdx.x >> 5) * 4 + (lane >> 3); entry < 256; entry += WARPS * 4)
+            store_four_times(shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16, p.table[entry]);
     }
     Levels levels;
     if (ALU_WORDS > 0) levels = read_levels(p.table);
-    for (u32 i = threadIdx.x; i < 256 * p.maps_count; i += WARPS * 32)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared + MAP_AT + 4 * i), "f"(p.maps[i]) : "memory");
+    for (u32 i = threadIdx.x; i < 256 * p.maps_count; i += WARPS * 32) store4(shared + MAP_AT + 4 * i, p.maps[i]);
 
-#if EARLY && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    // Activations of the slice: rows of blocks * 128 bytes, 64 more apart so that two rows lie in different banks.
-    const u32 x_stride = blocks * 128 + 64;
-    for (u32 row = 0; row < p.m; row++)
-        for (u32 c = threadIdx.x; c < blocks * 8; c += WARPS * 32)
-            copy16(shared + X_AT + row * x_stride + c * 16, p.x + (u64)row * p.k_blocks * 64 + k0 * 64 + c * 8);
-    commit();
-    wait<0>();
-    __syncthreads();
-
-    u32 x_at[GROUPS];  // a column past m reads the last row; nobody looks at its result
-#pragma unroll
-    for (int q = 0; q < GROUPS; q++) x_at[q] = shared + X_AT + min(8 * q + g, p.m - 1) * x_stride + t * 16 + k * 128;
-
+    // Where the walk begins. All of this is constant, so it may be read before the previous launch has ended.
     int4 group = {0, 0, 0, 0};
     u32 block = 0;  // number of the scale that this lane expands next; 256 of them share a nested scale
     float nested = 0;
@@ -311,11 +255,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
         map = shared + MAP_AT + 1024 * group.z;
     };
     if (start < end) enter();
+    // The number of this warp's part: all that follow the first begin their row group.
+    u32 part = start < end ? p.parts_of[row_group * p.slices + slice] + warp - owner(row_group * blocks, units, p.slice_warps) : 0;
+
+    if (EARLY) {
+        let_next_begin();
+        wait_for_previous();
+    }
+    // Activations of the slice: rows of blocks * 128 bytes, 64 more apart so that two rows lie in different banks.
+    const u32 x_stride = blocks * 128 + 64;
+    for (u32 row = 0; row < p.m; row++)
+        for (u32 c = threadIdx.x; c < blocks * 8; c += WARPS * 32)
+            copy16(shared + X_AT + row * x_stride + c * 16, p.x + (u64)row * p.k_blocks * 64 + k0 * 64 + c * 8);
+    commit();
+    wait<0>();
+    __syncthreads();
+
+    u32 x_at[GROUPS];  // a column past m reads the last row; nobody looks at its result
+#pragma unroll
+    for (int q = 0; q < GROUPS; q++) x_at[q] = shared + X_AT + min(8 * q + g, p.m - 1) * x_stride + t * 16 + k * 128;
 
     Sums sums = {};
     bool whole = k == 0;
-    // The number of this warp's part: all that follow the first begin their row group.
-    u32 part = start < end ? p.parts_of[row_group * p.slices + slice] + warp - owner(row_group * blocks, units, p.slice_warps) : 0;
     u32 stage = ring;
     for (u32 unit = start; unit < end; unit++) {
         wait<DEPTH - 2>();
@@ -326,8 +287,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
         float scale[SUBS];
 #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
-            u32 c;
-            asm volatile("ld.shared.u8 %0, [%1];" : "=r"(c) : "r"(stage + code_at + sub * 16 * ROW_TILES));
+            const u32 c = read1(stage + code_at + sub * 16 * ROW_TILES);
             scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * c)), nested, __int_as_float(group.y));
         }
         block += SUBS;
