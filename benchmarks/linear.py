@@ -9,7 +9,9 @@ are captured in a CUDA graph, each with the next copy, and the graph is replayed
 median and range over replays. The ceiling is a device-to-device copy (bytes read and written), measured first; the
 bytes that count for a linear are those of the weight (0.516 a weight), of x and of y. Every contender is checked against the
 exact weights in float64 before it is timed: a wrong one is not timed. `early` is the same kernel launched so that it may
-read weights before its predecessor has ended. The last line is one JSON object.
+read weights before its predecessor has ended (`early1`, or `early2` where both fit a multiprocessor at once). Names of variants: warps,
+stages, words decoded by permutes, bytes between table entries, slices of K. The last line is one JSON object, the table in short;
+`--out` writes every row.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ TUNED = (
 #: relative error above which a contender is wrong (y itself is rounded to bf16: 1.7e-3)
 WRONG = 1e-2
 CALLS = 12
+#: a call with copy number i: y, or the parts of y
+Job = Callable[[int], torch.Tensor | list[torch.Tensor]]
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Contest:
 
     shape: str
     m: int
-    jobs: dict[str, Callable[[int], torch.Tensor]]
+    jobs: dict[str, Job]
 
 
 class Weights:
@@ -86,7 +90,9 @@ class Weights:
         self.count = max(2, -(-4 * cache_bytes // self.bytes))
         stored = first.to_stored()
         self.exact = dense(stored)
-        self.ours = [first] + [first.to("cpu").to("cuda") for _ in range(self.count - 1)]
+        names = ("tiles", "codes", "nested", "groups", "maps")
+        copies = [{name: getattr(first, name).clone() for name in names} for _ in range(self.count - 1)]
+        self.ours = [first] + [replace(first, **copy) for copy in copies]
         self.modules = [Nf4Linear(weight) for weight in self.ours]
         self.plain = [self.exact.to(torch.bfloat16) for _ in range(max(2, -(-2 * cache_bytes // (4 * self.bytes))))]
         self.theirs = self._theirs([part.to_dict() for part in stored])
@@ -110,21 +116,15 @@ def tensors_of(weight: Nf4Weight) -> launch.Tensors:
     return launch.Tensors(weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
 
 
-def contenders(
-    weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]
-) -> dict[str, Callable[[int], torch.Tensor]]:
+def contenders(weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]) -> dict[str, Job]:
     """Name -> call. Variants only where a launch takes all rows of x."""
-    jobs: dict[str, Callable[[int], torch.Tensor]] = {
+    jobs: dict[str, Job] = {
         "bf16": lambda i: torch.nn.functional.linear(x, weights.plain[i % len(weights.plain)]),
     }
     if weights.theirs:
         from bitsandbytes import matmul_4bit
 
-        def theirs(i: int) -> torch.Tensor:
-            parts = [matmul_4bit(x, packed, state) for packed, state in weights.theirs[i % weights.count]]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-        jobs["bitsandbytes"] = theirs
+        jobs["bitsandbytes"] = lambda i: [matmul_4bit(x, *part) for part in weights.theirs[i % weights.count]]
     jobs["ours"] = lambda i: weights.modules[i % weights.count](x)
     ours = [tensors_of(weight) for weight in weights.ours]
     for name, variant in fitting_variants(x.shape[0], weights.columns // 64, tried).items():
@@ -148,7 +148,7 @@ def fitting_variants(m: int, k_blocks: int, tried: tuple[Variant, ...]) -> dict[
     return found
 
 
-def seconds_a_call(job: Callable[[int], torch.Tensor], replays: int) -> list[float]:
+def seconds_a_call(job: Job, replays: int) -> list[float]:
     """Seconds of a call in each replay of a graph of CALLS calls."""
     for i in range(3):
         job(i)
@@ -204,7 +204,9 @@ def measure(contest: Contest, weights: Weights, x: torch.Tensor, ceiling: float,
     for name, job in contest.jobs.items():
         row: dict[str, Any] = {"shape": contest.shape, "m": contest.m, "contender": name}
         try:
-            wrong = float((job(0).double() - truth).norm() / truth.norm())
+            y = job(0)
+            y = y if isinstance(y, torch.Tensor) else torch.cat(y, dim=-1)
+            wrong = float((y.double() - truth).norm() / truth.norm())
             row["relative_error"] = wrong
             if not wrong < WRONG:
                 raise ArithmeticError(f"WRONG: relative error {wrong:.3g}")
@@ -232,6 +234,26 @@ def measure(contest: Contest, weights: Weights, x: torch.Tensor, ceiling: float,
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each shape and batch: microseconds of bitsandbytes, bf16, ours, and of the best variant; printed too."""
+    found = []
+    print(f"\n{'shape':9}{'M':>6}{'bnb us':>9}{'bf16 us':>9}{'ours us':>9}{'% copy':>8}{'x bnb':>7}   best variant")
+    for shape, m in dict.fromkeys((row["shape"], row["m"]) for row in rows):
+        timed = [r for r in rows if (r["shape"], r["m"]) == (shape, m) and "median_s" in r]
+        us = {r["contender"]: round(1e6 * r["median_s"], 1) for r in timed}
+        share = {r["contender"]: round(100 * r["fraction_of_copy"], 1) for r in timed}
+        known = ("bitsandbytes", "bf16", "ours")
+        best = min((name for name in us if name not in known), key=us.__getitem__, default="")
+        row = {"shape": shape, "m": m, **{name: us.get(name) for name in known}, "ours_of_copy": share.get("ours")}
+        row |= {"best": best, "best_us": us.get(best), "best_of_copy": share.get(best)}
+        times = round(us["bitsandbytes"] / us["ours"], 2) if {"bitsandbytes", "ours"} <= us.keys() else None
+        cells = [us.get("bitsandbytes"), us.get("bf16"), us.get("ours"), share.get("ours"), times]
+        text = "".join(f"{'-' if cell is None else cell:>{w}}" for cell, w in zip(cells, (9, 9, 9, 8, 7), strict=True))
+        print(f"{shape:9}{m:6}{text}   {best or '-'} {us.get(best, '')}")
+        found.append(row)
+    return found
+
+
 def prebuild(options: argparse.Namespace) -> float:
     """Compile all variants that may be asked for, in parallel; seconds it took."""
     start, arch, wanted = time.perf_counter(), driver.device_of(0).arch, set()
@@ -252,6 +274,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="many variants at M = 1, 8, 16")
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--rows", help="batches, for instance 1,8")
+    parser.add_argument("--out", type=Path, help="write every row to this JSON file")
     parser.add_argument("--replays", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0, help="begin no contest after so long")
     options = parser.parse_args()
@@ -283,8 +306,10 @@ def main() -> None:
             print(f"{contest.shape} M={contest.m}: not measured (time is up)")
             continue
         rows += measure(contest, weights, x, ceiling, options.replays or (5 if options.quick else 15))
-    result |= {"rows": rows, "seconds": time.perf_counter() - start}
-    print(json.dumps(result))
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    if options.out:
+        options.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result | {"summary_us": summary(rows)}))
 
 
 if __name__ == "__main__":
