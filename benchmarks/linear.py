@@ -9,7 +9,7 @@ are captured in a CUDA graph, each with the next copy, and the graph is replayed
 median and range over replays. The ceiling is a device-to-device copy (bytes read and written), measured first; the
 bytes that count for a linear are those of the weight (0.516 a weight), of x and of y. Every contender is checked against the
 exact weights in float64 before it is timed: a wrong one is not timed. `early` is the same kernel launched so that it may
-read weights before its predecessor has ended (`early1`, or `early2` where both fit a multiprocessor at once). Names of variants: warps,
+read weights before its predecessor has ended (`early1`, or `early2` where both fit a multiprocessor at once; `p12`: and 12 units of each warp are fetched into L2). Names of variants: warps,
 stages, words decoded by permutes, bytes between table entries, slices of K. The last line is one JSON object, the table in short;
 `--out` writes every row.
 """
@@ -56,13 +56,17 @@ TRIED = (
     Variant(alu_words=1), Variant(alu_words=2), Variant(alu_words=4), Variant(table_stride=128), Variant(depth=3),
     Variant(warps=8, depth=6), Variant(warps=12, depth=5), Variant(warps=24, depth=3), Variant(early=True),
     Variant(warps=12, depth=3, early=True, resident=2, table_stride=128),
-    Variant(warps=8, depth=5, early=True, resident=2, table_stride=128),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12),
+    Variant(warps=8, depth=5, early=True, resident=2, table_stride=128, prefetch=12),
     Variant(warps=12, depth=4, early=True, resident=2, alu_words=4),
 )  # fmt: skip
 TUNED = (
     *TRIED, Variant(depth=2), Variant(warps=8, depth=8), Variant(warps=8, depth=4), Variant(warps=12),
     Variant(warps=12, depth=4, alu_words=1), Variant(warps=20, depth=3), Variant(warps=16, depth=3, alu_words=1),
-    Variant(warps=24, depth=2), Variant(warps=24, depth=3, alu_words=1), Variant(warps=12, depth=6, early=True),
+    Variant(warps=24, depth=2), Variant(early=True, prefetch=16), Variant(early=True, prefetch=16, alu_words=1),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=24),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12, alu_words=1),
+    Variant(warps=24, depth=3, alu_words=1), Variant(warps=12, depth=6, early=True),
 )  # fmt: skip
 #: relative error above which a contender is wrong (y itself is rounded to bf16: 1.7e-3)
 WRONG = 1e-2
@@ -144,7 +148,7 @@ def fitting_variants(m: int, k_blocks: int, tried: tuple[Variant, ...]) -> dict[
             continue
         if chosen.shared_bytes(m, -(-k_blocks // slices)) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth} alu{chosen.alu_words} t{chosen.table_stride} s{slices}"
-            found[name + (f" early{chosen.resident}" if chosen.early else "")] = chosen
+            found[name + (f" early{chosen.resident} p{chosen.prefetch}" if chosen.early else "")] = chosen
     return found
 
 

@@ -22,6 +22,7 @@ LARGE = [((21504, 21504), 5376, 64), ((5376,), 21504, 64), ((8192, 4096, 4096), 
 VARIANTS = [
     Variant(), Variant(table_stride=128), Variant(alu_words=1), Variant(alu_words=2), Variant(alu_words=4), Variant(depth=2),
     Variant(depth=3), Variant(depth=6, warps=8), Variant(warps=12), Variant(warps=24, depth=3), Variant(early=True),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12), Variant(warps=8, depth=5, early=True, resident=2),
 ]  # fmt: skip
 #: rounding of y to bf16 alone is 1.7e-3, of the levels 0.8e-3
 BOUND = 2.5e-3

@@ -37,6 +37,7 @@ CASES = [
     (Variant(warps=2, depth=3), (96, 64), 448, 8, 2, 2),
     (Variant(warps=2, depth=3), (32,), 64, 3, 1, 3),
     (Variant(warps=2, depth=2, groups=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 3, 2),
+    (Variant(warps=3, depth=3, early=True, prefetch=5, resident=2, table_stride=128), (96, 64), 448, 4, 1, 1),
     (Variant(warps=1, depth=4, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 2, 3),
 ]
 

@@ -64,6 +64,8 @@ __device__ __forceinline__ u32 lane_id() {
 }
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
+__device__ __forceinline__ void prefetch_far(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Count an arrival after everything this warp wrote (a barrier of the warp must come before), and see what others wrote before theirs.
 __device__ __forceinline__ u32 arrive(u32* counter) {
     u32 before;

@@ -45,6 +45,9 @@
 #ifndef EARLY
 #define EARLY 0        // 1: launched with programmatic serialization, weights are read before the previous kernel has ended
 #endif
+#ifndef PREFETCH
+#define PREFETCH 0     // with EARLY: units of each warp that are fetched as far as the L2 cache while the previous kernel still runs
+#endif
 #define MAPS 4         // parts stacked in one weight, at most
 
 struct Params {
@@ -231,6 +234,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
     };
 #pragma unroll
     for (int d = 0; d < DEPTH - 1; d++) ask();
+    if (EARLY && PREFETCH > 0) {  // what lies in one run behind the ring
+        const u8* next = weight - lane * 16;
+        const u32 lines = min(min((u32)PREFETCH, end - ahead), blocks - ahead_k) * (UNIT_BYTES / 128);
+        for (u32 i = lane; i < lines; i += 32) prefetch_far(next + i * 128);
+    }
 
     // Tables, while the first weights are on their way.
     if (ALU_WORDS < 4) {

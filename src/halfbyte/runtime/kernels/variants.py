@@ -53,6 +53,7 @@ class Variant:
     table_stride  256 or 128 bytes
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
+    prefetch      with early: units of each warp fetched as far as L2 meanwhile
     resident      blocks that have room on a multiprocessor: with 2, an early launch gets ready beside its predecessor
     """
 
@@ -64,12 +65,13 @@ class Variant:
     table_stride: int = 256
     subs: int = 1
     early: bool = False
+    prefetch: int = 0
     resident: int = 1
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Compiler options that select it."""
-        names = ("warps", "row_tiles", "groups", "depth", "alu_words", "table_stride", "subs", "early")
+        names = ("warps", "row_tiles", "groups", "depth", "alu_words", "table_stride", "subs", "early", "prefetch")
         chosen = tuple(f"-D{name.upper()}={int(getattr(self, name))}" for name in names)
         return (*chosen, f"-DRESIDENT={self.beside}")
 

@@ -78,8 +78,9 @@ def _(
     if rows == 0:
         y = flat.new_empty(0, weight.rows)
     elif rows <= MOST_KERNEL_ROWS:
-        pieces = [launch.linear(piece, weight) for piece in flat.split(32)]
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        y = flat.new_empty(rows, weight.rows)
+        for piece, place in zip(flat.split(32), y.split(32), strict=True):
+            launch.linear(piece, weight, out=place)
     else:
         expanded = buffer(x.device, weight.rows * weight.columns).view(weight.rows, weight.columns)
         launch.dequantize(weight, expanded)
