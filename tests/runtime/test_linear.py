@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -116,6 +118,22 @@ def test_layers_with_and_without_bias_are_not_stacked():
 def test_single_scales_are_refused_with_a_reason():
     with pytest.raises(SourceError, match="not double-quantized"):
         Nf4Linear.of_linear4bit(live_linear(nested=False))
+
+
+def test_a_layer_in_bitsandbytes_own_cpu_order_is_refused():
+    layer = live_linear()
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(SourceError, match="CPU order"):
+        Nf4Linear.of_linear4bit(layer)
+
+
+def test_importing_the_layer_touches_neither_cuda_nor_bitsandbytes():
+    code = (
+        "import sys, halfbyte.runtime.linear.module, halfbyte.runtime.kernels.launch as launch;"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'cuda', 'bitsandbytes', 'transformers'}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("change", ["quant_type", "shape", "nested_blocksize", "not json", "levels", "missing", "size"])

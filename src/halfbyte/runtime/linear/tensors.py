@@ -125,7 +125,7 @@ def stored_of_linear(linear: Any) -> StoredWeight:
         raise SourceError("scales are not double-quantized", where=type(linear).__name__, todo="keep Linear4bit for it")
     if getattr(state, "packing_format_for_cpu", False):
         raise SourceError(
-            "its bytes are in bitsandbytes' CPU order", where=type(linear).__name__, todo="call .train() on it"
+            "its bytes are in bitsandbytes' CPU order", where=type(linear).__name__, todo="take its state_dict"
         )
     packed = state.as_dict(packed=True)
     return read_stored({"weight": linear.weight.data, **{name: packed[name] for name in NAMES[1:] if name in packed}})
