@@ -127,10 +127,10 @@ def test_a_layer_in_bitsandbytes_own_cpu_order_is_refused():
         Nf4Linear.of_linear4bit(layer)
 
 
-def test_importing_the_layer_touches_neither_cuda_nor_bitsandbytes():
+def test_importing_the_layer_loads_neither_a_compiler_nor_bitsandbytes():
     code = (
         "import sys, halfbyte.runtime.linear.module, halfbyte.runtime.kernels.launch as launch;"
-        "print({'cuda.bindings.driver', 'cuda.bindings.nvrtc', 'bitsandbytes', 'transformers'} & set(sys.modules))"
+        "print({'cuda.bindings.nvrtc', 'bitsandbytes', 'transformers'} & set(sys.modules))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "set()"
