@@ -21,6 +21,12 @@ from halfbyte.runtime.linear.tensors import read_stored, stored_of_linear
 from halfbyte.runtime.linear.weight import Nf4Weight, weight_from
 
 
+def nf4_linear(x: torch.Tensor, weight: Nf4Weight) -> torch.Tensor:
+    """y = x W^T: x [..., columns] -> [..., rows] in x's dtype; `op` picks the path. raises ShapeMismatch"""
+    y: torch.Tensor = op.nf4_linear(x, weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
+    return y
+
+
 class Nf4Linear(torch.nn.Module):
     """x [..., in_features] -> [..., out_features]."""
 
@@ -73,7 +79,7 @@ class Nf4Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = x W^T + bias, in x's dtype."""
-        y: torch.Tensor = op.nf4_linear(x, self.tiles, self.codes, self.nested, self.groups, self.maps)
+        y = nf4_linear(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
