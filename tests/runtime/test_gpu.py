@@ -138,5 +138,15 @@ def test_a_captured_graph_gives_the_same_bits():
     assert not torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [1, 16, 17])
+def test_the_op_takes_other_dtypes(m, dtype):
+    weight, exact = weight_of(*SMALL[4])
+    x = torch.randn(2, m, SMALL[4][1], device="cuda").to(dtype)[:1]
+    y = Nf4Linear(weight)(x)
+    assert (y.dtype, y.shape) == (dtype, (1, m, weight.rows))
+    assert error(y[0], x[0], exact) < 1e-3
+
+
 def test_the_kernels_are_on_here():
     assert op.why_no_kernel(torch.device("cuda", 0)) is None

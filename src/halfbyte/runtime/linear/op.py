@@ -2,12 +2,13 @@
 
     CUDA, bf16, 1 to 64 rows of x     the kernel, 32 rows at a time (halfbyte.runtime.kernels)
     CUDA, more rows                   the weight expanded into one reused buffer, then cuBLAS
+    CUDA, otherwise, 1 to 16 rows     a Triton kernel (halfbyte.runtime.linear.portable)
     anything else                     halfbyte.runtime.linear.reference
 
 A batch of 1 to 16 gives each of its rows the bits it would have alone. The op has a fake, so torch.compile and CUDA graphs take it as
 one node; it has no gradient.
 
-The catch: without NVRTC (a torch for another CUDA) every CUDA call takes the reference path, with one warning.
+The catch: without NVRTC, or on a GPU older than Ampere, the kernels are off: slower paths are taken, with one warning.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from halfbyte.errors import ShapeMismatch
 from halfbyte.runtime.kernels.build import NoCompiler
-from halfbyte.runtime.linear import reference
+from halfbyte.runtime.linear import portable, reference
 
 #: rows of x up to which the weight is read by the kernel, once for each 32
 MOST_KERNEL_ROWS = 64
@@ -64,14 +65,29 @@ def _(
     maps: torch.Tensor,
 ) -> torch.Tensor:
     check_columns(x, tiles, codes, groups)
-    if x.dtype != torch.bfloat16 or (reason := why_no_kernel(x.device)) is not None:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    reason = "x is not bf16" if x.dtype != torch.bfloat16 else why_no_kernel(x.device)
+    if reason is None:
+        y = _by_kernel(flat, tiles, codes, nested, groups, maps)
+    else:
         if x.dtype == torch.bfloat16:
             _warn_once(reason)
-        return reference.linear(x, tiles, codes, nested, groups, maps)
+        with torch.cuda.device(x.device):
+            y = (portable if portable.takes(flat) else reference).linear(flat, tiles, codes, nested, groups, maps)
+    return y.view(*x.shape[:-1], tiles.shape[0])
+
+
+def _by_kernel(
+    flat: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
     from halfbyte.runtime.kernels import launch
 
     weight = launch.Tensors(tiles, codes, nested, groups, maps)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     rows = flat.shape[0]
@@ -82,10 +98,10 @@ def _(
         for piece, place in zip(flat.split(32), y.split(32), strict=True):
             launch.linear(piece, weight, out=place)
     else:
-        expanded = buffer(x.device, weight.rows * weight.columns).view(weight.rows, weight.columns)
+        expanded = buffer(flat.device, weight.rows * weight.columns).view(weight.rows, weight.columns)
         launch.dequantize(weight, expanded)
         y = torch.nn.functional.linear(flat, expanded)
-    return y.view(*x.shape[:-1], weight.rows)
+    return y
 
 
 def check_columns(x: torch.Tensor, tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> None:
@@ -118,7 +134,7 @@ def why_no_kernel(device: torch.device) -> str | None:
 
 @cache
 def _warn_once(reason: str | None) -> None:
-    warnings.warn(f"NF4 kernels are off, slow path taken: {reason}", stacklevel=2)
+    warnings.warn(f"NF4 kernels are off, a slower path is taken: {reason}", stacklevel=2)
 
 
 _buffers: dict[torch.device, torch.Tensor] = {}
