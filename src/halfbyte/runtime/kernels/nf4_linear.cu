@@ -1,0 +1,373 @@
+// y[M, N] = x[M, K] W^T for an NF4 weight W[N, K] in the tiled layout of halfbyte.runtime.linear.layout. bf16 in and out.
+//
+// The weight is read once, in 16-byte loads, and everything else is arranged around that:
+//   * A warp works on a *unit*: ROW_TILES tiles of 16 rows x 64 columns. All units of a slice of K form one sequence (row group
+//     after row group); each warp of the grid takes an equal, contiguous part of it. No warp idles, whatever N and K are.
+//   * cp.async brings units into a ring private to the warp; DEPTH - 1 of them are on their way at any time.
+//   * A byte of weight is a pair of levels. One look-up in a shared table, replicated for each bank (no conflicts), turns it
+//     into the register that mma.m16n8k16 wants: weights are its M side, activations its 8 columns. So M = 1..8 costs the same.
+//     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
+//   * Scales stay one byte a block. A lane expands one of the unit's 32 (map[code] * nested + offset), shuffles hand them
+//     around, and they multiply fp32 accumulators. So the weight is never rounded, only the 16 levels are (Params::unit).
+//   * A part of a row group that is not whole goes to `partial`; whoever arrives last adds all of them, in the order of K.
+//     Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits, and
+//     a row of x gives the same bits in any batch of 1 to 16.
+//
+// Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
+// CPU in tests/runtime/test_host.py.
+
+#include "machine.cuh"
+
+#ifndef WARPS
+#define WARPS 16       // warps in a block; a launch has one block a multiprocessor
+#endif
+#ifndef RESIDENT
+#define RESIDENT 1     // blocks that must fit a multiprocessor: 2 lets the next launch get ready beside this one (EARLY)
+#endif
+#ifndef ROW_TILES
+#define ROW_TILES 2    // row tiles in a unit: 1 or 2
+#endif
+#ifndef GROUPS
+#define GROUPS 1       // groups of 8 columns: M <= 8 * GROUPS
+#endif
+#ifndef DEPTH
+#define DEPTH 4        // units in the ring of a warp
+#endif
+#ifndef ALU_WORDS
+#define ALU_WORDS 0    // words of a tile, of 4, that are decoded without the table
+#endif
+#ifndef TABLE_STRIDE
+#define TABLE_STRIDE 256  // bytes from entry to entry: 256 finds an address in one instruction, 128 in two, in half the memory
+#endif
+#ifndef SUBS
+#define SUBS 1         // scales of a row in 64 columns: blocks of 64 or 32
+#endif
+#ifndef EARLY
+#define EARLY 0        // 1: launched with programmatic serialization, weights are read before the previous kernel has ended
+#endif
+#ifndef PREFETCH
+#define PREFETCH 0     // with EARLY: units of each warp that are fetched as far as the L2 cache while the previous kernel still runs
+#endif
+#define MAPS 4         // parts stacked in one weight, at most
+
+struct Params {
+    const u8* weight;     // [row groups][k blocks][ROW_TILES][512]
+    const u8* codes;      // [row groups][k blocks][SUBS][8][2 * ROW_TILES]
+    const float* nested;  // nested absmax, part after part
+    const int4* groups;   // per row group: {first: block number of row 0, k block 0 in `nested` terms; offset's bits; map; 0}
+    const float* maps;    // [parts][256]
+    const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
+    const u16* x;         // [m][64 * k_blocks]
+    u16* y;               // [m][n]
+    float* partial;
+    u32* counters;        // [row groups], zero before and after
+    const u32* parts_of;  // [row groups * slices + 1]: number of the first part in `partial`
+    u32 m, n, row_groups, k_blocks, slices, slice_warps, maps_count, reserved;
+    float unit;
+};
+
+static_assert(GROUPS * ROW_TILES <= 8 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
+
+// Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
+// TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.
+#define TABLE_AT 2048
+#define TABLE_BYTES (ALU_WORDS == 4 ? 0 : 256 * TABLE_STRIDE)
+#define UNIT_BYTES (512 * ROW_TILES)
+#define CODE_BYTES (16 * ROW_TILES * SUBS)
+#define STAGE_BYTES (UNIT_BYTES + CODE_BYTES)
+#define MAP_AT (TABLE_AT + TABLE_BYTES)
+#define RING_AT (MAP_AT + MAPS * 1024)
+#define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
+
+// Four bytes -> the four A registers, through the table. `home` is the lane's column in it.
+__device__ __forceinline__ void look_up(u32 home, u32 word, u32 (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 at;
+        if (TABLE_STRIDE == 256) {
+            at = __byte_perm(word, home, 0x7604 | (i << 4));  // byte i to bits 8..15 of `home`
+        } else {
+            at = ((i ? word >> (8 * i - 7) : word << 7) & 0x7f80u) | home;
+        }
+        a[i] = read4<TABLE_AT>(at);
+    }
+}
+
+// The same without memory. A permute looks up four nibbles in 8 entries; codes 0..7 and 8..15 have a table each, for the high
+// and the low bytes of their bf16 values; the top bit of a nibble, spread over a byte, chooses between the two.
+struct Levels {
+    u32 low[4], high[4];  // 16 low bytes, 16 high bytes, in order of the codes
+};
+__device__ __forceinline__ void permute(const Levels& levels, u32 word, u32 (&a)[4]) {
+    const u32 shifted = word << 4, index = word & 0x77777777u;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 upper = __byte_perm(shifted, word, i ? 0xfbea : 0xd9c8);
+        const u32 select = i ? index >> 16 : index;
+        const u32 l0 = __byte_perm(levels.low[0], levels.low[1], select), l1 = __byte_perm(levels.low[2], levels.low[3], select);
+        const u32 h0 = __byte_perm(levels.high[0], levels.high[1], select), h1 = __byte_perm(levels.high[2], levels.high[3], select);
+        const u32 low = (l1 & upper) | (l0 & ~upper), high = (h1 & upper) | (h0 & ~upper);
+        a[2 * i] = __byte_perm(low, high, 0x4051);
+        a[2 * i + 1] = __byte_perm(low, high, 0x6273);
+    }
+}
+__device__ __forceinline__ Levels read_levels(const u32* table) {
+    Levels levels;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 low = 0, high = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const u32 pair = table[(4 * i + j) * 17];  // both nibbles the same code
+            low |= (pair & 0xff) << (8 * j);
+            high |= ((pair >> 8) & 0xff) << (8 * j);
+        }
+        levels.low[i] = low;
+        levels.high[i] = high;
+    }
+    return levels;
+}
+
+// Warp w of a slice has units [first_unit(w), first_unit(w + 1)). The host checks that (units + 1) * warps fits 32 bits.
+__device__ __forceinline__ u32 first_unit(u32 w, u32 units, u32 warps) { return w * units / warps; }
+__device__ __forceinline__ u32 owner(u32 unit, u32 units, u32 warps) { return ((unit + 1) * warps - 1) / units; }
+
+typedef float Sums[ROW_TILES][GROUPS][4];
+
+__device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row_group, u32 lane) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+        for (int q = 0; q < GROUPS; q++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const u32 row = (row_group * ROW_TILES + i) * 16 + (lane >> 2) + 8 * (c >> 1);
+                const u32 column = 8 * q + 2 * (lane & 3) + (c & 1);
+                if (column < p.m) p.y[(u64)column * p.n + row] = to_bf16(sums[i][q][c] * p.unit);
+            }
+}
+
+#define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
+
+// Leaves a warp's part of a row group; the last of all parts to arrive adds them up and writes the result. Parts of a row
+// group lie one after the other, in the order of K: `first` .. `first + expected`, `mine` among them.
+__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
+    const bool useful = 2 * (lane & 3) < p.m;
+    float4* part = reinterpret_cast<float4*>(p.partial) + (u64)mine * PART + lane;
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+        const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
+        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(part + i * 32, make_float4(v[0], v[1], v[2], v[3]));
+    }
+    const u32 first = p.parts_of[row_group * p.slices], expected = p.parts_of[(row_group + 1) * p.slices] - first;
+    __syncwarp();
+    u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
+    before = __shfl_sync(~0u, before, 0);
+    if (before + 1 != expected) return;
+    if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
+    acquire();
+
+    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 4 : ROW_TILES * GROUPS <= 4 ? 2 : 1;  // parts on their way at a time
+    Sums whole = {};
+    const float4* from = reinterpret_cast<const float4*>(p.partial) + (u64)first * PART + lane;
+#pragma unroll 1
+    for (u32 done = 0; done < expected; done += BATCH, from += BATCH * PART) {
+        float4 v[BATCH][ROW_TILES * GROUPS];
+#pragma unroll
+        for (int e = 0; e < BATCH; e++)
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+                v[e][i] = make_float4(0, 0, 0, 0);
+                if (done + e < expected && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
+                    v[e][i] = __ldcg(from + e * PART + i * 32);
+            }
+#pragma unroll
+        for (int e = 0; e < BATCH; e++)
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {  // adding the zero of a part that is not there changes no bit
+                whole[i / GROUPS][i % GROUPS][0] += v[e][i].x;
+                whole[i / GROUPS][i % GROUPS][1] += v[e][i].y;
+                whole[i / GROUPS][i % GROUPS][2] += v[e][i].z;
+                whole[i / GROUPS][i % GROUPS][3] += v[e][i].w;
+            }
+    }
+    write(p, whole, row_group, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(const __grid_constant__ Params p) {
+    const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
+    const u32 lane = lane_id();
+    const u32 g = lane >> 2, t = lane & 3;
+    const u32 slice = blockIdx.x % p.slices, warp = blockIdx.x / p.slices * WARPS + (threadIdx.x >> 5);
+    const u32 k0 = slice * p.k_blocks / p.slices, blocks = (slice + 1) * p.k_blocks / p.slices - k0;
+    const u32 units = p.row_groups * blocks;
+    const u32 start = first_unit(warp, units, p.slice_warps), end = first_unit(warp + 1, units, p.slice_warps);
+    u32 row_group = start / blocks, k = start % blocks;
+
+    // The ring: `ahead` is the next unit to ask for, `ahead_k` its block in the slice.
+    const u32 ring = shared + RING_AT + (threadIdx.x >> 5) * (DEPTH * STAGE_BYTES);
+    u32 ahead = start, ahead_k = k, ahead_group = row_group, fill = ring;
+    const u8* weight = p.weight + ((u64)row_group * p.k_blocks + k0 + k) * UNIT_BYTES + lane * 16;
+    const u8* code = p.codes + ((u64)row_group * p.k_blocks + k0 + k) * CODE_BYTES + lane * 16;
+    const u32 own_row = 8 * (t & (2 * ROW_TILES - 1)) + g;  // the row whose scales this lane expands
+    const u32 row_blocks = p.k_blocks * SUBS;               // scales of a row
+    auto ask = [&]() {
+        if (ahead < end) {
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++) copy16(fill + i * 512 + lane * 16, weight + i * 512);
+            if (lane < ROW_TILES * SUBS) copy16(fill + UNIT_BYTES + lane * 16, code);
+            weight += UNIT_BYTES;
+            code += CODE_BYTES;
+            ahead++;
+            if (++ahead_k == blocks) {
+                weight += (u64)(p.k_blocks - blocks) * UNIT_BYTES;
+                code += (u64)(p.k_blocks - blocks) * CODE_BYTES;
+                ahead_k = 0;
+                if (++ahead_group < p.row_groups) {  // the nested scales of the next row group: 4 bytes for 16,384 weights
+                    const u32 first = p.groups[ahead_group].x + own_row * row_blocks + k0 * SUBS;
+                    prefetch(p.nested + (first >> 8));
+                }
+            }
+        }
+        commit();
+        fill = fill + STAGE_BYTES == ring + DEPTH * STAGE_BYTES ? ring : fill + STAGE_BYTES;
+    };
+#pragma unroll
+    for (int d = 0; d < DEPTH - 1; d++) ask();
+    if (EARLY && PREFETCH > 0) {  // what lies in one run behind the ring
+        const u8* next = weight - lane * 16;
+        const u32 lines = min(min((u32)PREFETCH, end - ahead), blocks - ahead_k) * (UNIT_BYTES / 128);
+        for (u32 i = lane; i < lines; i += 32) prefetch_far(next + i * 128);
+    }
+
+    // Tables, while the first weights are on their way.
+    if (ALU_WORDS < 4) {
+        for (u32 entry = (threadIdx.x >> 5) * 4 + (lane >> 3); entry < 256; entry += WARPS * 4)
+            store_four_times(shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16, p.table[entry]);
+    }
+    Levels levels;
+    if (ALU_WORDS > 0) levels = read_levels(p.table);
+    for (u32 i = threadIdx.x; i < 256 * p.maps_count; i += WARPS * 32) store4(shared + MAP_AT + 4 * i, p.maps[i]);
+
+    // Where the walk begins. All of this is constant, so it may be read before the previous launch has ended.
+    int4 group = {0, 0, 0, 0};
+    u32 block = 0;  // number of the scale that this lane expands next; 256 of them share a nested scale
+    float nested = 0;
+    u32 map = 0;
+    const u32 home = shared | lane * 4;
+    const u32 weight_at = lane * 16, code_at = UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
+    auto enter = [&]() {
+        group = p.groups[row_group];
+        block = group.x + own_row * row_blocks + (k0 + k) * SUBS;
+        nested = p.nested[block >> 8];
+        map = shared + MAP_AT + 1024 * group.z;
+    };
+    if (start < end) enter();
+    // The number of this warp's part: all that follow the first begin their row group.
+    u32 part = start < end ? p.parts_of[row_group * p.slices + slice] + warp - owner(row_group * blocks, units, p.slice_warps) : 0;
+
+    if (EARLY) {
+        let_next_begin();
+        wait_for_previous();
+    }
+    // Activations of the slice: rows of blocks * 128 bytes, 64 more apart so that two rows lie in different banks.
+    const u32 x_stride = blocks * 128 + 64;
+    for (u32 row = 0; row < p.m; row++)
+        for (u32 c = threadIdx.x; c < blocks * 8; c += WARPS * 32)
+            copy16(shared + X_AT + row * x_stride + c * 16, p.x + (u64)row * p.k_blocks * 64 + k0 * 64 + c * 8);
+    commit();
+    wait<0>();
+    __syncthreads();
+
+    u32 x_at[GROUPS];  // a column past m reads the last row; nobody looks at its result
+#pragma unroll
+    for (int q = 0; q < GROUPS; q++) x_at[q] = shared + X_AT + min(8 * q + g, p.m - 1) * x_stride + t * 16 + k * 128;
+
+    Sums sums = {};
+    bool whole = k == 0;
+    u32 stage = ring;
+    for (u32 unit = start; unit < end; unit++) {
+        wait<DEPTH - 2>();
+        __syncwarp();
+        ask();
+
+        if ((block & 255) == 0) nested = p.nested[block >> 8];
+        float scale[SUBS];
+#pragma unroll
+        for (int sub = 0; sub < SUBS; sub++) {
+            const u32 c = read1(stage + code_at + sub * 16 * ROW_TILES);
+            scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * c)), nested, __int_as_float(group.y));
+        }
+        block += SUBS;
+
+        uint4 tile[ROW_TILES];
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(stage + i * 512 + weight_at);
+        float acc[ROW_TILES][GROUPS][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint4 b[GROUPS];
+#pragma unroll
+            for (int q = 0; q < GROUPS; q++) b[q] = read16(x_at[q] + half * 64);
+            if (SUBS == 2 || half == 0) {
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                    for (int q = 0; q < GROUPS; q++)
+#pragma unroll
+                        for (int c = 0; c < 4; c++) acc[i][q][c] = 0;
+            }
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+                const int j = 2 * half + step;
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++) {
+                    const u32 word = j == 0 ? tile[i].x : j == 1 ? tile[i].y : j == 2 ? tile[i].z : tile[i].w;
+                    u32 a[4];
+                    if (j >= 4 - ALU_WORDS) permute(levels, word, a);
+                    else look_up(home, word, a);
+#pragma unroll
+                    for (int q = 0; q < GROUPS; q++) multiply(acc[i][q], a, step ? b[q].z : b[q].x, step ? b[q].w : b[q].y);
+                }
+            }
+            if (SUBS == 2 || half == 1) {
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++) {
+                    const float s0 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i));
+                    const float s1 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i + 1));
+#pragma unroll
+                    for (int q = 0; q < GROUPS; q++) {
+                        sums[i][q][0] = fmaf(acc[i][q][0], s0, sums[i][q][0]);
+                        sums[i][q][1] = fmaf(acc[i][q][1], s0, sums[i][q][1]);
+                        sums[i][q][2] = fmaf(acc[i][q][2], s1, sums[i][q][2]);
+                        sums[i][q][3] = fmaf(acc[i][q][3], s1, sums[i][q][3]);
+                    }
+                }
+            }
+        }
+
+        stage = stage + STAGE_BYTES == ring + DEPTH * STAGE_BYTES ? ring : stage + STAGE_BYTES;
+        k++;
+#pragma unroll
+        for (int q = 0; q < GROUPS; q++) x_at[q] += 128;
+        if (k == blocks || unit + 1 == end) {
+            if (whole && k == blocks && p.slices == 1) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, part, lane);
+#pragma unroll
+            for (int q = 0; q < GROUPS; q++) x_at[q] -= k * 128;
+            k = 0;
+            whole = true;
+            row_group++;
+            if (unit + 1 < end) {
+                enter();
+                part = p.parts_of[row_group * p.slices + slice];
+            }
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+                for (int q = 0; q < GROUPS; q++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) sums[i][q][c] = 0;
+        }
+    }
+}

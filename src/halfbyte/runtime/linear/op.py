@@ -1,0 +1,153 @@
+"""torch.ops.halfbyte.nf4_linear: y = x W^T, by whichever path is right for the batch and the device.
+
+    CUDA, bf16, 1 to 64 rows of x     the kernel, 32 rows at a time (halfbyte.runtime.kernels)
+    CUDA, more rows                   the weight expanded into one reused buffer, then cuBLAS
+    CUDA, otherwise, 1 to 16 rows     a Triton kernel (halfbyte.runtime.linear.portable)
+    anything else                     halfbyte.runtime.linear.reference
+
+A batch of 1 to 16 gives each of its rows the bits it would have alone. The op has a fake, so torch.compile and CUDA graphs take it as
+one node; it has no gradient.
+
+The catch: without NVRTC, or on a GPU older than Ampere, the kernels are off: slower paths are taken, with one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+from halfbyte.errors import ShapeMismatch
+from halfbyte.runtime.kernels.build import NoCompiler
+from halfbyte.runtime.linear import portable, reference
+
+#: rows of x up to which the weight is read by the kernel, once for each 32
+MOST_KERNEL_ROWS = 64
+
+
+@torch.library.custom_op("halfbyte::nf4_linear", mutates_args=())
+def nf4_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    """x [..., columns] -> [..., rows] in x's dtype; the other tensors are those of `Nf4Weight`.
+
+    raises  ShapeMismatch if x has not the weight's columns
+    """
+    check_columns(x, tiles, codes, groups)
+    return reference.linear(x, tiles, codes, nested, groups, maps)
+
+
+@nf4_linear.register_fake
+def _(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], tiles.shape[0]))
+
+
+@nf4_linear.register_kernel("cuda")
+def _(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    check_columns(x, tiles, codes, groups)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    reason = "x is not bf16" if x.dtype != torch.bfloat16 else why_no_kernel(x.device)
+    if reason is None:
+        y = _by_kernel(flat, tiles, codes, nested, groups, maps)
+    else:
+        if x.dtype == torch.bfloat16:
+            _warn_once(reason)
+        with torch.cuda.device(x.device):
+            y = (portable if portable.takes(flat) else reference).linear(flat, tiles, codes, nested, groups, maps)
+    return y.view(*x.shape[:-1], tiles.shape[0])
+
+
+def _by_kernel(
+    flat: torch.Tensor,
+    tiles: torch.Tensor,
+    codes: torch.Tensor,
+    nested: torch.Tensor,
+    groups: torch.Tensor,
+    maps: torch.Tensor,
+) -> torch.Tensor:
+    from halfbyte.runtime.kernels import launch
+
+    weight = launch.Tensors(tiles, codes, nested, groups, maps)
+    if flat.data_ptr() % 16:
+        flat = flat.clone()
+    rows = flat.shape[0]
+    if rows == 0:
+        y = flat.new_empty(0, weight.rows)
+    elif rows <= MOST_KERNEL_ROWS:
+        y = flat.new_empty(rows, weight.rows)
+        for piece, place in zip(flat.split(32), y.split(32), strict=True):
+            launch.linear(piece, weight, out=place)
+    else:
+        expanded = buffer(flat.device, weight.rows * weight.columns).view(weight.rows, weight.columns)
+        launch.dequantize(weight, expanded)
+        y = torch.nn.functional.linear(flat, expanded)
+    return y
+
+
+def check_columns(x: torch.Tensor, tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> None:
+    """raises ShapeMismatch if the sizes of x and the weight's tensors cannot belong together"""
+    if x.dim() and x.shape[-1] == 2 * tiles.shape[1] and x.shape[-1] % 64 == 0 and len(groups):
+        rows, columns, row_tiles, subs = reference.sizes(tiles, codes, groups)
+        fits = rows == groups.shape[0] * 16 * row_tiles and codes.numel() * 64 == rows * columns * subs
+        if fits and row_tiles in (1, 2) and subs in (1, 2):
+            return
+    shape = [tiles.shape[0], 2 * tiles.shape[1]]
+    raise ShapeMismatch(f"x of {list(x.shape)} does not fit a weight {shape}", where="nf4_linear")
+
+
+@cache
+def why_no_kernel(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a GPU, or None: its age, its shared memory, or a compiler that is not there."""
+    from halfbyte.runtime.kernels import driver
+
+    found = driver.device_of(device.index or 0)
+    if found.capability < (8, 0):
+        return f"compute capability {found.capability[0]}.{found.capability[1]} has no bf16 tensor cores"
+    if found.shared_bytes < 96 << 10:
+        return f"{found.shared_bytes} bytes of shared memory are too few"
+    try:
+        driver.function(device.index or 0, "nf4_dequantize", ("-DROW_TILES=2", "-DSUBS=1"))
+    except (NoCompiler, driver.LaunchFailed, ImportError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def _warn_once(reason: str | None) -> None:
+    warnings.warn(f"NF4 kernels are off, a slower path is taken: {reason}", stacklevel=2)
+
+
+_buffers: dict[torch.device, torch.Tensor] = {}
+
+
+def buffer(device: torch.device, elements: int) -> torch.Tensor:
+    """The reused bf16 buffer of a GPU, its first `elements`. It grows to the largest weight (462 MB for 43008 x 5376).
+
+    A captured graph gets one of its own: the shared one may be replaced by a larger one.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(elements, dtype=torch.bfloat16, device=device)
+    found = _buffers.get(device)
+    if found is None or found.numel() < elements:
+        _buffers[device] = found = torch.empty(elements, dtype=torch.bfloat16, device=device)
+    return found[:elements]
