@@ -156,6 +156,19 @@ def test_an_instruct_model_on_bare_text_is_marked(page: str, record: dict[str, A
     assert "Out of frame" not in render(tame, out)
 
 
+def test_figures_from_outside_the_frame_stand_beside_sound_ones(page: str, record: dict[str, Any], out: Path) -> None:
+    text = " ".join(Seen(page).texts)
+    assert "An instruct model prices text outside its own turns as noise." in text
+    raw = [c for b in record["protocols"] if b["protocol"] == "ppl[raw]" for c in b["candidates"]]
+    for candidate in raw:
+        ratio = next(f for f in candidate["figures"] if f["figure"] == "ppl ratio")
+        assert f"times {printed(ratio['value'])} [" in text
+    assert "prices text outside its own turns as noise" in section(record)
+    sound = {**record, "protocols": [b for b in record["protocols"] if not b["out_of_frame"]]}
+    assert "as noise" not in render(sound, out)
+    assert "as noise" not in section(sound)
+
+
 def test_text_of_strangers_stays_text(page: str, record: dict[str, Any]) -> None:
     seen = Seen(page)
     assert not {"b", "i", "u", "script"} & set(seen.tags)

@@ -29,6 +29,7 @@ def command(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First so many chats, first so many documents.")] = None,
     window: Annotated[int, typer.Option(help="Text tokens a row.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="First so many rows of a document.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the reference writes.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on a CPU.")] = "auto",
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -48,7 +49,7 @@ def command(
     with listen():
         record = evaluate(
             reference, candidates or (), base=base or (), data=data or (), out=out, device=device, protocol=protocol or (),
-            limit=limit, window=window, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
+            limit=limit, window=window, windows=windows, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
             resamples=resamples, floor=floor, layers=layers, write_reference=write_reference, pack_head=pack_head,
         )  # fmt: skip
     page = report(out)

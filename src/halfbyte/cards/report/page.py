@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.cards.report import plots
+from halfbyte.cards.report.frames import frames
 from halfbyte.cards.report.section import section
 from halfbyte.cards.report.words import ABSENT, figure_of, gigabytes, interval, number, percent, sentence, short_name
 from halfbyte.errors import SourceError, UsageError
@@ -60,6 +61,7 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         "grid": _grid(record),
         "effects": _effects(record),
         "sizes": _sizes(record),
+        "frames": frames(record),
         "fidelity": [_fidelity(block) for block in record["protocols"]],
         "plots": _plots(record, folder),
         "command": shlex.join(record["command"]),

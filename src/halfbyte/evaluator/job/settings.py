@@ -27,6 +27,8 @@ class Settings:
     protocol        names of halfbyte.evaluator.protocols; empty: those that mean something for the model
     limit           the first so many chats, and the first so many documents; None: all
     window          text tokens a row (ppl protocols; ppl[raw,wikitext-80] has its own, 1024)
+    windows         the first so many rows of a document (ppl[assistant-frame], ppl[raw]); None: all. Documents bound a figure,
+                    not tokens: where time is short, one window of forty texts says more than forty of one
     max_new_tokens  longest answer that the reference writes
     dtype           `float32`, `bfloat16`, or `auto`: float32 on the CPU, bfloat16 on a GPU
     batch           rows at a time
@@ -41,6 +43,7 @@ class Settings:
     protocol: Sequence[str] = ()
     limit: int | None = None
     window: int = 512
+    windows: int | None = None
     max_new_tokens: int = 128
     dtype: str = "auto"
     batch: int = 8
@@ -67,7 +70,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     if given.get("write_reference") is not None:
         given["write_reference"] = str(given["write_reference"])
     made = Settings(**{**given, "protocol": tuple(given.get("protocol") or ())})
-    least = {"limit": 1, "window": 2, "max_new_tokens": 1, "batch": 1, "resamples": 100}
+    least = {"limit": 1, "window": 2, "windows": 1, "max_new_tokens": 1, "batch": 1, "resamples": 100}
     for name, bound in least.items():
         value = getattr(made, name)
         if value is not None and value < bound:
@@ -89,7 +92,9 @@ def check_pack_options(settings: Settings, data: Sequence[str | Path]) -> None:
     """A pack brings its own rows: raises UsageError for an option that would have had to make others."""
     asked = ["data"] if data else []
     asked += [
-        name for name in ("limit", "window", "max_new_tokens") if getattr(settings, name) != getattr(Settings, name)
+        name
+        for name in ("limit", "window", "windows", "max_new_tokens")
+        if getattr(settings, name) != getattr(Settings, name)
     ]
     if asked:
         option = f"--{asked[0].replace('_', '-')}"
