@@ -51,7 +51,7 @@ def figures_of(scored: Scored, settings: Settings) -> dict[str, Any]:
     """{"reference": [figure], "floor": figure or None, "candidates": {id: {...}}, "comparisons": [...]} as record values."""
     cells, wanted = _cells_and_figures(scored)
     found = bootstrap_documents(cells, wanted, resamples=settings.resamples, seed=SEED)
-    floor = found.get("floor|kld mean")
+    floor = _within_range("kld mean", found["floor|kld mean"]) if "floor|kld mean" in found else None
     body: dict[str, Any] = {
         "reference": [_shown("ppl", found["|ppl"])],
         "floor": _shown("kld mean", floor) if floor else None,
