@@ -156,6 +156,19 @@ def test_an_instruct_model_on_bare_text_is_marked(page: str, record: dict[str, A
     assert "Out of frame" not in render(tame, out)
 
 
+def test_figures_from_outside_the_frame_stand_beside_sound_ones(page: str, record: dict[str, Any], out: Path) -> None:
+    text = " ".join(Seen(page).texts)
+    assert "An instruct model prices text outside its own turns as noise." in text
+    raw = [c for b in record["protocols"] if b["protocol"] == "ppl[raw]" for c in b["candidates"]]
+    for candidate in raw:
+        ratio = next(f for f in candidate["figures"] if f["figure"] == "ppl ratio")
+        assert f"times {printed(ratio['value'])} [" in text
+    assert "prices text outside its own turns as noise" in section(record)
+    sound = {**record, "protocols": [b for b in record["protocols"] if not b["out_of_frame"]]}
+    assert "as noise" not in render(sound, out)
+    assert "as noise" not in section(sound)
+
+
 def test_text_of_strangers_stays_text(page: str, record: dict[str, Any]) -> None:
     seen = Seen(page)
     assert not {"b", "i", "u", "script"} & set(seen.tags)
@@ -168,6 +181,45 @@ def test_text_of_strangers_stays_text(page: str, record: dict[str, Any]) -> None
     assert "<script" not in markdown
     assert "<b>" not in markdown.replace(markdown[markdown.index("```sh") :], "")
     assert "http://evil" not in markdown
+
+
+def test_a_narrow_screen_cuts_nothing_off(page: str) -> None:
+    """One heading, every table in a box that scrolls inside itself (worst tokens are stacked instead), nothing of fixed width."""
+    assert page.count("<h1>") == 1
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    boxes = re.findall(r'<div class="(\w+)"><table>', page)
+    assert len(boxes) == page.count("<table>") > 5
+    assert set(boxes) == {"scroll", "worst"}
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert ".scroll { overflow-x: auto;" in style
+    assert ".scroll td:first-child { position: sticky;" in style, "a row that is scrolled still says what it is"
+    assert not re.search(r"<svg[^>]* (width|height)=", page), "drawings take the width there is"
+
+
+def test_a_model_that_knows_nothing_does_not_press_the_others_flat(
+    page: str, record: dict[str, Any], out: Path
+) -> None:
+    drawings = re.findall(r"<figure>(.*?)</figure>", render(swapped(record), out), re.DOTALL)
+    named = {
+        label: [d for d in drawings if f'aria-label="{label}"' in d]
+        for label in ("KL divergence histogram", "KL divergence by confidence", "KL divergence along the window")
+    }
+    assert any("nothing" in drawing for drawing in named["KL divergence histogram"])
+    for label in ("KL divergence by confidence", "KL divergence along the window"):
+        assert named[label]
+        assert not any("nothing" in drawing.partition("<figcaption>")[0] for drawing in named[label][:1])
+
+
+def swapped(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its first candidate called `nothing` and taken for a model that knows nothing."""
+    changed = deepcopy(record)
+    first = changed["bases"][0]["candidates"][0]
+    name, first["id"], first["kind"] = first["id"], "nothing", "uniform"
+    for block in changed["protocols"]:
+        for candidate in block["candidates"]:
+            if candidate["candidate"] == name:
+                candidate["candidate"] = "nothing"
+    return changed
 
 
 def test_drawings_do_not_share_ids_and_wear_the_page_s_colours(page: str) -> None:

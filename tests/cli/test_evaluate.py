@@ -61,3 +61,21 @@ def test_without_a_candidate_it_is_usage(run: Run, tiny_gemma4: Path) -> None:
     outcome = run("evaluate", tiny_gemma4)
     assert outcome.code == 2
     assert "CANDIDATES" in outcome.err.upper()
+
+
+def test_a_pack_is_written_and_scored_against_with_the_same_table(run: Run, tiny_gemma4: Path, tmp_path: Path) -> None:
+    file, spec = tmp_path / "reference.pack", f"{tiny_gemma4}@nf4"
+    live = run("evaluate", tiny_gemma4, spec, "--out", tmp_path / "a", "--write-reference", file, *FAST)
+    assert live.code == 0, live
+    assert f"reference pack {file}" in live.err
+    fixed = ("--resamples", 200, "--device", "cpu", "--no-layers")
+    packed = run("evaluate", file, spec, "--out", tmp_path / "b", *fixed)
+    assert packed.code == 0, packed
+    table = live.out.partition("\n\nsizes:")[0]
+    assert packed.out.partition("\n\nsizes:")[0] == table
+    assert f"{tiny_gemma4}: not measured" in packed.out, "the size of a reference that is not there"
+
+
+def test_a_file_that_is_no_pack_is_refused(refused: Refused, tiny_gemma4: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.pack").write_bytes(b"not a pack")
+    assert "bad.pack" in refused("evaluate", tmp_path / "bad.pack", f"{tiny_gemma4}@nf4", "--out", tmp_path / "out")

@@ -356,6 +356,23 @@ def test_an_interval_of_no_width_is_not_claimed_where_resamples_cannot_vary() ->
     assert same["top-1 agreement"].low == 1.0, "equal in every token is no sample"
 
 
+def test_no_limit_of_a_floor_is_negative(tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document with all of the floor's KLD: the mean's interval would reach below 0, where no KLD is."""
+    steady = scoring.keep_reference
+
+    def spiked(*args: Any, **how: Any) -> Any:
+        kept = steady(*args, **how)
+        kept.floor.kld[:] = 0.0
+        kept.floor.kld[0] = 5.0
+        return kept
+
+    monkeypatch.setattr(scoring, "keep_reference", spiked)
+    body = halfbyte.evaluate(tiny_gemma4, ["uniform"], out=tmp_path, **{**FAST, "layers": False})
+    floor = body["protocols"][0]["floor"]
+    assert floor["value"] > 0
+    assert floor["low"] == 0.0
+
+
 def test_given_answers_are_taken_from_the_file(tiny_gemma4: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"Count to {n}", "response": "one two three"} for n in (3, 4, 5, 6)]
     data = tmp_path / "chats.jsonl"

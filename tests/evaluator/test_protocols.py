@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,26 @@ def test_wikitext_80_takes_long_paragraphs_in_order(base_tokenizer: Any) -> None
     assert all(row[0] == BOS for row in rows.tokens)
     with pytest.raises(UsageError, match="0 paragraphs"):
         protocols.wikitext_80(base_tokenizer, texts.wikitext_paragraphs(" = One = \n a b c\n"))
+
+
+def test_the_first_windows_of_each_document_can_be_enough(tokenizer: Any) -> None:
+    long = [
+        document("A whale, a seal and an octopus live in the sea. " * 9),
+        replace(document("one two " * 40), name="e"),
+    ]
+    for make in (protocols.raw_text, protocols.assistant_frame):
+        whole, first = make(tokenizer, long, window=16), make(tokenizer, long, window=16, windows=1)
+        starts = [whole.documents.index(name) for name in dict.fromkeys(whole.documents)]
+        assert [row.tolist() for row in first.tokens] == [whole.tokens[at].tolist() for at in starts]
+        assert (first.facts["windows"], whole.facts["windows"]) == (1, None)
+        assert "words" not in first.facts, "words of whole documents would not be those scored"
+
+
+def test_only_wikitext_has_paragraphs(tmp_path: Path) -> None:
+    line = "a house . " * 200
+    (tmp_path / "wiki").write_text(f" = One = \n {line}\n")
+    (tmp_path / "other").write_text(f"{line}\n{line}\n")
+    assert [len(texts.read_paragraphs(tmp_path / name)) for name in ("wiki", "other")] == [1, 0]
 
 
 def test_wikitext_is_62_articles_detokenized_and_counted_before(shared_data: Path) -> None:

@@ -13,11 +13,11 @@ from halfbyte.errors import CheckFailed
 
 
 def command(
-    reference: Annotated[str, typer.Argument(help="bf16 checkpoint folder, .gguf file or hub id.")],
+    reference: Annotated[str, typer.Argument(help="bf16 checkpoint folder, .gguf file, hub id, or a reference pack.")],
     candidates: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Checkpoints (NF4, bf16, .gguf), or SRC@nf4, SRC@q4_0, SRC@uniform; NAME: in front of a --base's."),
-    ],
+    ] = None,
     base: Annotated[list[str] | None, typer.Option(help="NAME=REF: a further reference; may be repeated.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(help=".jsonl of prompts or chats, or a text; may be repeated. Without: built-in prompts.")
@@ -29,6 +29,7 @@ def command(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First so many chats, first so many documents.")] = None,
     window: Annotated[int, typer.Option(help="Text tokens a row.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="First so many rows of a document.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the reference writes.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: float32 on a CPU.")] = "auto",
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -36,6 +37,8 @@ def command(
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap over documents.")] = 10_000,
     floor: Annotated[bool, typer.Option(help="Measure the noise floor.")] = True,
     layers: Annotated[bool, typer.Option(help="Measure the error of every weight tensor.")] = True,
+    write_reference: Annotated[Path | None, typer.Option(help="Also write the reference as a pack, to score against without it.")] = None,
+    pack_head: Annotated[bool, typer.Option(help="Put the output embedding into that pack too.")] = False,
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Measure what a candidate lost against its full precision: record, vectors, HTML report."""
@@ -45,9 +48,9 @@ def command(
 
     with listen():
         record = evaluate(
-            reference, candidates, base=base or (), data=data or (), out=out, device=device, protocol=protocol or (),
-            limit=limit, window=window, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
-            resamples=resamples, floor=floor, layers=layers,
+            reference, candidates or (), base=base or (), data=data or (), out=out, device=device, protocol=protocol or (),
+            limit=limit, window=window, windows=windows, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
+            resamples=resamples, floor=floor, layers=layers, write_reference=write_reference, pack_head=pack_head,
         )  # fmt: skip
     page = report(out)
     if json:

@@ -111,22 +111,35 @@ def on_policy_answers(
     return _rows("kld[assistant,on-policy]", tokenizer, tokens, scored, [chat for chat, _ in pairs], about)
 
 
-def assistant_frame(tokenizer: Any, documents: Sequence[Document], *, window: int = 512) -> Rows:
-    """`ppl[assistant-frame]`: windows of `window` text tokens, each behind the same prompt; all text tokens count."""
+def assistant_frame(
+    tokenizer: Any, documents: Sequence[Document], *, window: int = 512, windows: int | None = None
+) -> Rows:
+    """`ppl[assistant-frame]`: windows of `window` text tokens, each behind the same prompt; all text tokens count.
+
+    windows  the first so many of each document; None: all
+    """
     _need_frame(tokenizer, "ppl[assistant-frame]")
     prompt = prompt_ids(tokenizer, ({"role": "user", "content": FRAME_REQUEST},))
-    facts = {"window": window, "request": FRAME_REQUEST}
+    facts = {"window": window, "windows": windows, "request": FRAME_REQUEST}
     return _windows("ppl[assistant-frame]", tokenizer, documents, prompt, facts)
 
 
-def raw_text(tokenizer: Any, documents: Sequence[Document], *, window: int = 512, bos: bool | None = None) -> Rows:
+def raw_text(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    *,
+    window: int = 512,
+    windows: int | None = None,
+    bos: bool | None = None,
+) -> Rows:
     """`ppl[raw]`: windows of `window` text tokens, with exactly one <bos> in front if the tokenizer has one.
 
     bos  None: as the tokenizer has one or not; False: never (what llama.cpp does for models trained without); the first
          token of a window has then no context and does not count
+    windows  the first so many of each document; None: all
     """
     start = _bos(tokenizer, bos)
-    facts = {"window": window, "bos": bool(start), "out_of_frame": is_instruct(tokenizer)}
+    facts = {"window": window, "windows": windows, "bos": bool(start), "out_of_frame": is_instruct(tokenizer)}
     return _windows("ppl[raw]", tokenizer, documents, start, facts)
 
 
@@ -140,8 +153,8 @@ def wikitext_80(tokenizer: Any, paragraphs: Sequence[Document], *, window: int =
     if len(chosen) < PARAGRAPHS:
         raise UsageError(
             f"{len(chosen)} paragraphs of {PARAGRAPH_WORDS} words or more",
-            where="--text",
-            todo="give WikiText-2's test",
+            where="ppl[raw,wikitext-80]",
+            todo="give --data wiki.test.raw (WikiText-2's test)",
         )
     start = _bos(tokenizer, None)
     facts = {"window": window, "bos": bool(start), "out_of_frame": is_instruct(tokenizer)}
@@ -201,14 +214,15 @@ def _windows(
     names = []
     for document in documents:
         ids = _encode(tokenizer, document.text)
-        for begin in range(0, len(ids), facts["window"]):
+        for begin in range(0, len(ids), facts["window"])[: facts.get("windows")]:
             piece = ids[begin : begin + facts["window"]]
             if len(piece) < 2:
                 continue
             _add(tokens, scored, prefix, piece, len(prefix) + len(piece))
             _one_bos(tokenizer, tokens[-1].tolist())
             names.append(document.name)
-    made = _rows(protocol, tokenizer, tokens, scored, (), {**facts, **words_and_bytes(documents)}, names)
+    counts = {} if facts.get("windows") else words_and_bytes(documents)  # of whole documents, or of nothing
+    made = _rows(protocol, tokenizer, tokens, scored, (), {**facts, **counts}, names)
     return replace(made, texts=None)
 
 

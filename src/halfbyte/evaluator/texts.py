@@ -82,6 +82,13 @@ def wikitext_paragraphs(raw: str) -> list[Document]:
     return [_document(f"paragraph {number}", line) for number, line in enumerate(lines, start=1)]
 
 
+def read_paragraphs(path: Path) -> list[Document]:
+    """The paragraphs of a WikiText file, [] of any other text: its lines would be none. raises SourceError as above."""
+    text = _read(path)
+    pieces = ARTICLE.split(text, 1)
+    return wikitext_paragraphs(text) if len(pieces) > 1 and not pieces[0].strip() else []
+
+
 def _document(name: str, raw: str) -> Document:
     return Document(name, detokenize(raw), len(raw.split()), len(raw.encode()))
 

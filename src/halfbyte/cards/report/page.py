@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from halfbyte.cards.report import plots
+from halfbyte.cards.report.frames import frames
 from halfbyte.cards.report.section import section
 from halfbyte.cards.report.words import ABSENT, figure_of, gigabytes, interval, number, percent, sentence, short_name
 from halfbyte.errors import SourceError, UsageError
@@ -60,6 +61,7 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         "grid": _grid(record),
         "effects": _effects(record),
         "sizes": _sizes(record),
+        "frames": frames(record),
         "fidelity": [_fidelity(block) for block in record["protocols"]],
         "plots": _plots(record, folder),
         "command": shlex.join(record["command"]),
@@ -161,27 +163,31 @@ def _plots(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
     found: list[dict[str, Any]] = []
+    # a model that knows nothing tests the harness; on a linear axis it would press all others flat
+    harness = {c["id"] for base in record["bases"] for c in base["candidates"] if c["kind"] == "uniform"}
     for block in record["protocols"]:
         if not block["candidates"]:
             continue
-        own = _vectors(folder, block["vectors"]["file"])
-        series = [(_label(c["candidate"]), _checked(folder, c)) for c in block["candidates"]]
-        floor = own.get("floor_kld")
-        bars = [(_label(c["candidate"]), c["buckets"]) for c in block["candidates"]]
+        own, candidates = _vectors(folder, block["vectors"]["file"]), _ordered(block["candidates"], harness)
+        series, floor = [(_label(c["candidate"]), _checked(folder, c)) for c in candidates], own.get("floor_kld")
+        told = sum(c["candidate"] not in harness for c in candidates) or len(candidates)
+        bars = [(_label(c["candidate"]), c["buckets"]) for c in candidates[:told]]
         drawn = [
             ("Tokens by KL divergence. In the grey area and left of it nothing can be told from noise.", plots.histogram(series, floor)),
-            ("Along the window: a loss that grows with context rises to the right.", plots.window(series, own["position"], floor)),
-            ("By how sure the reference was, with 95 % intervals.", plots.buckets(bars)),
+            ("Along the window: a loss that grows with context rises to the right.", plots.window(series[:told], own["position"], floor)),
+            ("By how sure the reference was, with 95 % intervals. Where a cap is missing, the documents bound nothing.", plots.buckets(bars)),
         ]  # fmt: skip
         found.append({"title": f"{block['protocol']}, base {block['base']}", "drawings": drawn})
     for base in record["bases"]:
         layered = [
             (_label(c["id"]), place, c["weights"]["layers"])
-            for place, c in enumerate(base["candidates"])
-            if c["weights"] and any(row["layer"] is not None for row in c["weights"]["layers"])
+            for place, c in enumerate(_ordered(base["candidates"], harness))
+            if c["id"] not in harness
+            and c["weights"]
+            and any(row["layer"] is not None for row in c["weights"]["layers"])
         ]
         drawn = [("Error of the weights, layer by layer; higher is better.", plots.layers(layered))] if layered else []
-        points = _points(record, base)
+        points = _points(record, base, harness)
         if points:
             drawn.append(("Loss over size; nearer to the corner is better.", plots.pareto(points)))
         found.append({"title": f"base {base['name']}", "drawings": drawn})
@@ -194,17 +200,24 @@ def _plots(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _ordered(candidates: Sequence[Mapping[str, Any]], harness: Collection[str]) -> list[Mapping[str, Any]]:
+    """Models that test the harness last: a colour then means the same candidate in every drawing, with or without them."""
+    return sorted(candidates, key=lambda c: c.get("candidate", c.get("id")) in harness)
+
+
 def _label(spec: str) -> str:
     """Name of a series."""
     name = short_name(spec)
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves out labels that begin so
 
 
-def _points(record: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[str, int, int, Mapping[str, Any]]]:
+def _points(
+    record: Mapping[str, Any], base: Mapping[str, Any], harness: Collection[str]
+) -> list[tuple[str, int, int, Mapping[str, Any]]]:
     """(name, place, bytes, mean KLD under the base's first protocol)."""
     block = next((b for b in record["protocols"] if b["base"] == base["name"]), None)
     points: list[tuple[str, int, int, Mapping[str, Any]]] = []
-    for place, candidate in enumerate(base["candidates"]):
+    for place, candidate in enumerate(_ordered(base["candidates"], harness)):
         size = candidate["size"]["file_bytes"]
         found = [c for c in (block["candidates"] if block else []) if c["candidate"] == candidate["id"]]
         if size is not None and found and (kld := figure_of(found[0], "kld mean")):

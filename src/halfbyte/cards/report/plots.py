@@ -92,7 +92,7 @@ def histogram(series: Series, floor: Any) -> str:
         axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.set_xlabel("KL divergence of a token, nats")
         axes.set_ylabel("share of tokens")
-        axes.legend()
+        _legend(axes)
 
     return draw("KL divergence histogram", paint)
 
@@ -112,7 +112,7 @@ def window(series: Series, position: Any, floor: Any) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("position in the row, tokens (twelfths of all tokens)")
         axes.set_ylabel("mean KL divergence, nats")
-        axes.legend()
+        _legend(axes)
 
     return draw("KL divergence along the window", paint)
 
@@ -135,7 +135,7 @@ def buckets(series: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("reference's top probability")
         axes.set_ylabel("mean KL divergence, nats")
-        axes.legend()
+        _legend(axes)
 
     return draw("KL divergence by confidence", paint)
 
@@ -151,7 +151,7 @@ def layers(series: Sequence[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> st
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel("SQNR of the weights, dB")
-        axes.legend()
+        _legend(axes)
 
     return draw("Error of the weights by layer", paint)
 
@@ -168,10 +168,10 @@ def pareto(points: Sequence[tuple[str, int, int, Mapping[str, Any]]]) -> str:
             label = f"{name} (exactly 0)" if kld["value"] == 0 else name
             axes.errorbar([size / 2**30], [kld["value"]], [[down], [up]], label=label, **style)
         axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.08 * max(size for _, _, size, _ in points) / 2**30)
         axes.set_xlabel("weight files, GiB")
         axes.set_ylabel("mean KL divergence, nats")
-        axes.legend()
+        _legend(axes)
 
     return draw("KL divergence over size", paint)
 
@@ -185,9 +185,14 @@ def interaction(lines: Sequence[tuple[str, float, float]], metric: str) -> str:
         axes.set_xticks([0, 1], ["full precision", "quantized"])
         axes.set_xlim(-0.25, 1.25)
         axes.set_ylabel(metric)
-        axes.legend()
+        _legend(axes)
 
     return draw("Interaction of base and precision", paint)
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where no line can run through it."""
+    axes.figure.legend(loc="outside upper left", ncols=2)
 
 
 def _style(place: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.cards.markdown import Markdown, code, fence, joined, table, text
-from halfbyte.cards.report.words import figure_of, interval, number, percent, sentence, short_name
+from halfbyte.cards.report.frames import frames
+from halfbyte.cards.report.words import ABSENT, figure_of, interval, number, percent, sentence, short_name
 
 
 def section(record: Mapping[str, Any]) -> str:
@@ -16,6 +17,7 @@ def section(record: Mapping[str, Any]) -> str:
     for block in record["protocols"]:
         for candidate in block["candidates"]:
             parts.append(f"- {text(sentence(block, candidate, references[block['base']]))}")
+    parts += _frames(record)
     for block in record["protocols"]:
         parts += ["", _heading(block), "", str(_table(block))]
     if record["effects"]:
@@ -30,6 +32,17 @@ def section(record: Mapping[str, Any]) -> str:
         fence(_shell(record["command"]), "sh"),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _frames(record: Mapping[str, Any]) -> list[str]:
+    """Out-of-frame figures beside sound ones, [] if there are not both."""
+    found = frames(record)
+    if found is None:
+        return []
+    heads = ["Model", *(f"{c['protocol']}{' (out of frame)' if c['stress'] else ''}" for c in found["columns"])]
+    rows = [(code(row["name"]), *(cell or ABSENT for cell in row["cells"])) for row in found["rows"]]
+    lines = [f"- {text(line)}" for line in (*found["verdicts"], *found["flips"])]
+    return ["", found["why"], "", str(table(heads, rows)), *(["", *lines] if lines else [])]
 
 
 def _heading(block: Mapping[str, Any]) -> str:

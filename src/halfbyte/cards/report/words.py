@@ -32,7 +32,7 @@ def gigabytes(value: int | None) -> str:
     """Bytes with both units, so that nobody has to guess which one is meant."""
     if value is None:
         return ABSENT
-    if value < 10**8:
+    if value < 10**9:
         return f"{value / 1e6:,.2f} MB ({value / 2**20:,.2f} MiB)"
     return f"{value / 1e9:,.2f} GB ({value / 2**30:,.2f} GiB)"
 

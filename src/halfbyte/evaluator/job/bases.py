@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from halfbyte.errors import UsageError
+from halfbyte.evaluator.packed import PackedReference, is_pack, open_pack
 from halfbyte.evaluator.weights import Nf4Weights, PlainWeights, Rounded, Weights, Zeros, open_weights
 
 FIRST = "reference"
@@ -41,14 +42,17 @@ class Base:
     candidates: list[Entry] = field(default_factory=list)
 
 
-def open_bases(reference: str, candidates: Sequence[str], base: Sequence[str], stack: ExitStack) -> list[Base]:
-    """Every model opened (headers, not weights), closed again with `stack`.
+def open_bases(
+    reference: str, candidates: Sequence[str], base: Sequence[str], stack: ExitStack, *, alone: bool = False
+) -> list[Base]:
+    """Every model opened (headers, not weights), closed again with `stack`; a reference may be a pack.
 
     base    "NAME=REF" each
+    alone   a reference without candidates has something to do: it becomes a pack
     raises  UsageError (no candidate, a pair that is none, a name or candidate twice, a base without candidates), SourceError
     """
-    if not candidates:
-        raise UsageError("no candidate", where="CANDIDATE...", todo="name one, e.g. SRC@nf4")
+    if not candidates and not alone:
+        raise UsageError("no candidate", where="CANDIDATES...", todo="name one, e.g. SRC@nf4")
     if len(set(candidates)) < len(candidates):
         twice = next(spec for spec in candidates if candidates.count(spec) > 1)
         raise UsageError(f"{twice!r} is named twice", where="CANDIDATE...", todo="name each candidate once")
@@ -62,24 +66,27 @@ def open_bases(reference: str, candidates: Sequence[str], base: Sequence[str], s
         )
     bases = {}
     for name, spec in references.items():
-        weights = open_weights(spec)
+        weights = open_pack(spec) if is_pack(spec) else open_weights(spec)
         stack.callback(weights.close)
         bases[name] = Base(name, weights, kind_of(weights))
     for spec, owner, own in split:
-        weights = open_weights(own, like=bases[owner].reference)
+        like = bases[owner].reference
+        weights = open_weights(own, like=None if isinstance(like, PackedReference) else like)
         stack.callback(weights.close)
         bases[owner].candidates.append(Entry(spec, weights, kind_of(weights)))
     return list(bases.values())
 
 
 def kind_of(weights: Weights) -> str:
-    """`NF4`, `q4_0`, `uniform`, `GGUF`, or the dtype that most bytes of a plain checkpoint have (`bf16`, `f32`, ...)."""
+    """`NF4`, `q4_0`, `uniform`, `GGUF`, `pack`, or the dtype that most bytes of a plain checkpoint have (`bf16`, `f32`, ...)."""
     if isinstance(weights, Rounded):
         return "NF4" if weights.rounding == "nf4" else weights.rounding
     if isinstance(weights, Nf4Weights):
         return "NF4"
     if isinstance(weights, Zeros):
         return "uniform"
+    if isinstance(weights, PackedReference):
+        return "pack"
     if isinstance(weights, PlainWeights):
         if weights.source.kind == "gguf":
             return "GGUF"

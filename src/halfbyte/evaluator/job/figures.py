@@ -51,7 +51,7 @@ def figures_of(scored: Scored, settings: Settings) -> dict[str, Any]:
     """{"reference": [figure], "floor": figure or None, "candidates": {id: {...}}, "comparisons": [...]} as record values."""
     cells, wanted = _cells_and_figures(scored)
     found = bootstrap_documents(cells, wanted, resamples=settings.resamples, seed=SEED)
-    floor = found.get("floor|kld mean")
+    floor = _within_range("kld mean", found["floor|kld mean"]) if "floor|kld mean" in found else None
     body: dict[str, Any] = {
         "reference": [_shown("ppl", found["|ppl"])],
         "floor": _shown("kld mean", floor) if floor else None,
@@ -195,7 +195,8 @@ def _shown(name: str, e: Estimate) -> dict[str, Any]:
 def worst_tokens(scored: Scored, candidate: str, tokenizer: Any) -> list[dict[str, Any]]:
     """The SHOWN tokens of the largest KLD, largest first: {document, position, kld, before, token, p_reference, p_candidate}.
 
-    before  the BEFORE tokens that precede it, decoded with special tokens visible
+    before     the BEFORE tokens that precede it, decoded with special tokens visible
+    tokenizer  None: there is none (a reference pack), and token ids stand for the text
     """
     import numpy as np
 
@@ -208,9 +209,13 @@ def worst_tokens(scored: Scored, candidate: str, tokenizer: Any) -> list[dict[st
             "document": str(scored.rows.documents[row]),
             "position": position,
             "kld": float(arrays["kld"][at]),
-            "before": tokenizer.decode(ids[max(0, position + 1 - BEFORE) : position + 1]),
-            "token": tokenizer.decode([int(own["label"][at])]),
+            "before": _decoded(tokenizer, ids[max(0, position + 1 - BEFORE) : position + 1]),
+            "token": _decoded(tokenizer, [int(own["label"][at])]),
             "p_reference": float(np.exp(-own["nll"][at])),
             "p_candidate": float(np.exp(-arrays["nll"][at])),
         })  # fmt: skip
     return found
+
+
+def _decoded(tokenizer: Any | None, ids: list[int]) -> str:
+    return "".join(f"<{one}>" for one in ids) if tokenizer is None else str(tokenizer.decode(ids))

@@ -56,7 +56,7 @@ def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
     text_paths = [path for path in paths if path not in chat_paths]
     chats = _named([(path, texts.read_chats(path)) for path in chat_paths])
     documents = _named([(path, texts.read_documents(path)) for path in text_paths])
-    paragraphs = [p for path in text_paths for p in texts.wikitext_paragraphs(path.read_text(encoding="utf-8"))]
+    paragraphs = [p for path in text_paths for p in texts.read_paragraphs(path)]
     chat_files, text_files = [_about(path) for path in chat_paths], [_about(path) for path in text_paths]
     room = resources.files("halfbyte.evaluator.job") / "built_in"
     if not chats:
@@ -90,9 +90,11 @@ def rows_of(
             raise UsageError("no chat has an answer", where=protocol, todo='give --data with "response" in its lines')
         return protocols.given_answers(tokenizer, [chat for chat in material.chats if chat.response])
     if protocol == FRAME:
-        return protocols.assistant_frame(tokenizer, material.documents, window=settings.window)
+        return protocols.assistant_frame(
+            tokenizer, material.documents, window=settings.window, windows=settings.windows
+        )
     if protocol == RAW:
-        return protocols.raw_text(tokenizer, material.documents, window=settings.window)
+        return protocols.raw_text(tokenizer, material.documents, window=settings.window, windows=settings.windows)
     return protocols.wikitext_80(tokenizer, material.paragraphs)
 
 

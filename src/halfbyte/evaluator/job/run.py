@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,17 @@ from halfbyte.evaluator.job.figures import figures_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
 from halfbyte.evaluator.job.material import Material, gather_material, rows_of
 from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, device_name, score_base
-from halfbyte.evaluator.job.settings import Settings, choose_protocols, command_of, settings_of
+from halfbyte.evaluator.job.settings import Settings, check_pack_options, choose_protocols, command_of, settings_of
 from halfbyte.evaluator.job.sizes import parameters_of, size_of
 from halfbyte.evaluator.job.writing import NAME, own_checkpoint, write_card_records
+from halfbyte.evaluator.packed import (
+    PackedReference,
+    arithmetic_of,
+    check_protocol,
+    check_writing,
+    lent_tokenizer,
+    write_reference_pack,
+)
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.records import read_record, write_record
 
@@ -34,7 +43,7 @@ RECORD_VERSION = 1
 
 def evaluate(
     reference: str | Path,
-    candidates: Sequence[str | Path],
+    candidates: Sequence[str | Path] = (),
     *,
     base: Sequence[str] = (),
     data: Sequence[str | Path] = (),
@@ -44,9 +53,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score candidates against the full precision they were made from; returns the evaluate record, as written to `out`.
 
-    reference   a bf16 checkpoint folder, .gguf file or hub id
+    reference   a bf16 checkpoint folder, .gguf file or hub id; or a reference pack (halfbyte.evaluator.packed)
     candidates  the same, a folder in NF4, or `SRC@nf4`, `SRC@q4_0`, `SRC@uniform`; with a declared base's `NAME:` in front if
-                it belongs to that one
+                it belongs to that one; none are needed if the reference is only to be written as a pack
     base        "NAME=REF": a further reference (halfbyte.evaluator.job.bases)
     data        .jsonl files of prompts or chats, other files as texts; without: a few built-in ones
     out         folder of the record, the vectors and the reference's answers
@@ -68,7 +77,11 @@ def evaluate(
     material = gather_material(files, settings.limit)
     with ExitStack() as stack:
         pairs = [base] if isinstance(base, str) else base
-        bases = open_bases(str(reference), [str(spec) for spec in specs], pairs, stack)
+        bases = open_bases(
+            str(reference), [str(spec) for spec in specs], pairs, stack, alone=settings.write_reference is not None
+        )
+        if all(isinstance(each.reference, PackedReference) for each in bases):
+            check_pack_options(settings, files)
         for entry in (entry for each in bases for entry in each.candidates):
             own_checkpoint(entry)
         job = _Job(bases, material, settings, device, Path(out))
@@ -96,24 +109,38 @@ def _device(device: str) -> str:
     return chosen
 
 
+def _tokenizer(each: Base) -> Any | None:
+    """The reference's tokenizer; a pack has none, and a candidate's stands in if there is one of the same vocabulary."""
+    if isinstance(each.reference, PackedReference):
+        return lent_tokenizer(each.reference, [entry.weights for entry in each.candidates])
+    return protocols.load_tokenizer(each.reference)
+
+
 class _Job:
     """What the parts of the record are made of."""
 
     def __init__(self, bases: list[Base], material: Material, settings: Settings, device: str, out: Path) -> None:
         self.bases, self.material, self.settings, self.out = bases, material, settings, out
-        dtype = settings.dtype
+        packs = [each.reference for each in bases if isinstance(each.reference, PackedReference)]
+        dtype, batch = settings.dtype, settings.batch
+        if packs:
+            dtype, batch = arithmetic_of(packs, dtype, None if batch == Settings.batch else batch)
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        self.machine = Machine(device, dtype, settings.batch, out / "vectors")
-        self.tokenizers = {each.name: protocols.load_tokenizer(each.reference) for each in bases}
+        self.machine = Machine(device, dtype, batch, out / "vectors")
+        self.tokenizers = {each.name: _tokenizer(each) for each in bases}
         self.names = {
-            each.name: choose_protocols(
-                settings.protocol,
-                instruct=protocols.is_instruct(self.tokenizers[each.name]),
-                has_text=material.given_text,
-            )
+            each.name: check_protocol(each.reference, settings.protocol) if isinstance(each.reference, PackedReference)
+            else choose_protocols(settings.protocol, instruct=self._instruct(each), has_text=material.given_text)
             for each in bases
-        }
+        }  # fmt: skip
+        if settings.write_reference is not None:
+            check_writing(Path(settings.write_reference), packs, [n for names in self.names.values() for n in names])
+
+    def _instruct(self, each: Base) -> bool:
+        if isinstance(each.reference, PackedReference):
+            return each.reference.instruct
+        return protocols.is_instruct(self.tokenizers[each.name])
 
     def body(self) -> dict[str, Any]:
         scored = [self._score(each, name) for each in self.bases for name in self.names[each.name]]
@@ -121,7 +148,7 @@ class _Job:
         return {
             "record_version": RECORD_VERSION,
             "metrics_version": METRICS_VERSION,
-            "settings": {**asdict(self.settings), "dtype": self.machine.dtype},
+            "settings": {**asdict(self.settings), "dtype": self.machine.dtype, "batch": self.machine.batch},
             "bases": [self._base(each) for each in self.bases],
             "protocols": blocks,
             "effects": self._effects(scored),
@@ -129,25 +156,33 @@ class _Job:
         }
 
     def _score(self, each: Base, name: str) -> Scored:
-        place = (self.out / "traces", self.machine.device, self.machine.dtype)
-        rows = rows_of(name, each.reference, self.material, self.settings, place)
-        return score_base(each, rows, self.machine, floor=self.settings.floor)
+        settings, place = self.settings, (self.out / "traces", self.machine.device, self.machine.dtype)
+        if isinstance(each.reference, PackedReference):
+            return score_base(each, each.reference.kept.rows, self.machine, floor=settings.floor)
+        rows = rows_of(name, each.reference, self.material, settings, place)
+        keep = None
+        if settings.write_reference is not None:
+            path, data = Path(settings.write_reference), self.material.files_of(name)
+            keep = partial(write_reference_pack, path, data, head=settings.pack_head)
+        return score_base(each, rows, self.machine, floor=settings.floor, keep=keep)
 
     def _base(self, each: Base) -> dict[str, Any]:
         parameters = parameters_of(each.reference)
+        packed = each.reference if isinstance(each.reference, PackedReference) else None
         return {
             "name": each.name,
             "reference": each.reference.label,
             "digest": each.reference.digest,
             "kind": each.kind,
-            "instruct": protocols.is_instruct(self.tokenizers[each.name]),
+            "instruct": self._instruct(each),
+            "pack": packed.file if packed else None,
             "size": size_of(each.reference, parameters),
             "candidates": [
                 {
                     "id": entry.id, "label": entry.weights.label, "digest": entry.weights.digest, "kind": entry.kind,
                     "size": size_of(entry.weights, parameters),
                     "weights": weight_errors(each.reference, entry.weights, self.out / "vectors")
-                    if self.settings.layers else None,
+                    if self.settings.layers and packed is None else None,
                 }
                 for entry in each.candidates
             ],
@@ -156,13 +191,14 @@ class _Job:
     def _block(self, scored: Scored) -> dict[str, Any]:
         """One protocol of one base."""
         found, rows, own = figures_of(scored, self.settings), scored.rows, scored.reference
-        tokenizer = self.tokenizers[scored.base.name]
+        tokenizer, reference = self.tokenizers[scored.base.name], scored.base.reference
+        packed = reference if isinstance(reference, PackedReference) else None
         return {
             "protocol": rows.protocol,
             "version": rows.version,
             "base": scored.base.name,
             "out_of_frame": bool(rows.facts.get("out_of_frame", False)),
-            "data": list(self.material.files_of(rows.protocol)),
+            "data": packed.data if packed else list(self.material.files_of(rows.protocol)),
             "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
             "vectors": {"file": f"vectors/{own.path.name}", "cached": own.cached, "seconds": own.about["seconds"]},
             "measured_on": {key: own.about[key] for key in ("device_name", "streamed", "versions")},

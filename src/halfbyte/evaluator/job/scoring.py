@@ -7,13 +7,15 @@ written before the next is opened. A run that was stopped pays for the reference
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.evaluator.job import vectors
 from halfbyte.evaluator.job.bases import Base
 from halfbyte.evaluator.job.vectors import Stored
+from halfbyte.evaluator.packed import PackedReference
 from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring.scorer import FLOOR_SEED, KeptReference, Scores, keep_reference, score_against
 from halfbyte.progress import note
@@ -51,12 +53,20 @@ class Scored:
     candidates: dict[str, Stored] = field(default_factory=dict)
 
 
-def score_base(base: Base, rows: Rows, machine: Machine, *, floor: bool) -> Scored:
-    """Vectors of the reference and all candidates of `base` over `rows`; raises what the scorer raises."""
+def score_base(
+    base: Base, rows: Rows, machine: Machine, *, floor: bool, keep: Callable[[KeptReference], None] | None = None
+) -> Scored:
+    """Vectors of the reference and all candidates of `base` over `rows`; raises what the scorer raises.
+
+    keep  is given what scoring needs of the reference, to write it down; that takes the reference's pass in any case
+    """
     common = {
         "metrics": METRICS_VERSION, "versions": _depends_on(), "rows": rows.digest, "reference": base.reference.digest,
         **machine.facts(),
     }  # fmt: skip
+    packed = base.reference if isinstance(base.reference, PackedReference) else None
+    if packed is not None:  # a pack may lie about its reference: its vectors are no live run's
+        common["pack"] = packed.file["sha256"]
     own_key = digest({**common, "floor": FLOOR_SEED if floor else None})
     keys = {entry.id: digest({**common, "candidate": entry.weights.digest}) for entry in base.candidates}
     title = f"{rows.protocol}-{base.name}"
@@ -66,12 +76,17 @@ def score_base(base: Base, rows: Rows, machine: Machine, *, floor: bool) -> Scor
     for name, stored in ((base.name, own), *found.items()):
         if stored is not None:
             note(f"{rows.protocol}, {name}: vectors from {stored.path.name}")
-    if own is None or missing:
+    if own is None or missing or keep is not None:
         started = time.perf_counter()
-        kept_reference = keep_reference(
-            base.reference, rows, device=machine.device, dtype=machine.dtype, batch=machine.batch,
-            floor=floor and own is None,
-        )  # fmt: skip
+        if packed is not None:
+            kept_reference = packed.kept if floor else replace(packed.kept, floor=None)
+        else:
+            kept_reference = keep_reference(
+                base.reference, rows, device=machine.device, dtype=machine.dtype, batch=machine.batch,
+                floor=floor and (own is None or keep is not None),
+            )  # fmt: skip
+        if keep is not None:
+            keep(kept_reference)
         if own is None:
             own = _save_reference(machine, title, own_key, kept_reference, started)
         for entry in missing:
@@ -98,7 +113,7 @@ def _save_reference(machine: Machine, name: str, key: str, kept: KeptReference, 
         "self_kld": kept.self_kld,
         "device_name": kept.facts["device_name"],
         "streamed": kept.facts["streamed"],
-        "versions": versions(),
+        "versions": kept.facts["versions"],
     }
     return vectors.save(machine.folder, name, key, arrays, notes)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
@@ -26,6 +27,8 @@ class Settings:
     protocol        names of halfbyte.evaluator.protocols; empty: those that mean something for the model
     limit           the first so many chats, and the first so many documents; None: all
     window          text tokens a row (ppl protocols; ppl[raw,wikitext-80] has its own, 1024)
+    windows         the first so many rows of a document (ppl[assistant-frame], ppl[raw]); None: all. Documents bound a figure,
+                    not tokens: where time is short, one window of forty texts says more than forty of one
     max_new_tokens  longest answer that the reference writes
     dtype           `float32`, `bfloat16`, or `auto`: float32 on the CPU, bfloat16 on a GPU
     batch           rows at a time
@@ -33,11 +36,14 @@ class Settings:
     resamples       of the bootstrap over documents
     floor           also measure the noise floor
     layers          also measure the error of every weight tensor
+    write_reference a file for a reference pack (halfbyte.evaluator.packed): the reference under the one protocol that is run
+    pack_head       put the output embedding into that pack too: for candidates whose own differs
     """
 
     protocol: Sequence[str] = ()
     limit: int | None = None
     window: int = 512
+    windows: int | None = None
     max_new_tokens: int = 128
     dtype: str = "auto"
     batch: int = 8
@@ -45,6 +51,8 @@ class Settings:
     resamples: int = 10_000
     floor: bool = True
     layers: bool = True
+    write_reference: str | Path | None = None
+    pack_head: bool = False
 
 
 EVALUATION_OPTIONS = tuple(Settings.__dataclass_fields__)
@@ -59,8 +67,10 @@ def settings_of(options: dict[str, Any]) -> Settings:
     given = dict(options)
     if isinstance(given.get("protocol"), str):
         given["protocol"] = (given["protocol"],)
+    if given.get("write_reference") is not None:
+        given["write_reference"] = str(given["write_reference"])
     made = Settings(**{**given, "protocol": tuple(given.get("protocol") or ())})
-    least = {"limit": 1, "window": 2, "max_new_tokens": 1, "batch": 1, "resamples": 100}
+    least = {"limit": 1, "window": 2, "windows": 1, "max_new_tokens": 1, "batch": 1, "resamples": 100}
     for name, bound in least.items():
         value = getattr(made, name)
         if value is not None and value < bound:
@@ -70,10 +80,25 @@ def settings_of(options: dict[str, Any]) -> Settings:
         raise UsageError(f"{made.margin} is no margin", where="--margin", todo="give nats, 0 or more")
     if made.dtype not in ("auto", *DTYPES):
         raise UsageError(f"unknown dtype {made.dtype!r}", where="--dtype", todo=f"auto, {', '.join(DTYPES)}")
+    if made.pack_head and made.write_reference is None:
+        raise UsageError("no pack is written", where="--pack-head", todo="give --write-reference FILE too")
     for name in made.protocol:
         if name not in VERSIONS:
             raise UsageError(f"unknown protocol {name!r}", where="--protocol", todo=f"known: {', '.join(VERSIONS)}")
     return made
+
+
+def check_pack_options(settings: Settings, data: Sequence[str | Path]) -> None:
+    """A pack brings its own rows: raises UsageError for an option that would have had to make others."""
+    asked = ["data"] if data else []
+    asked += [
+        name
+        for name in ("limit", "window", "windows", "max_new_tokens")
+        if getattr(settings, name) != getattr(Settings, name)
+    ]
+    if asked:
+        option = f"--{asked[0].replace('_', '-')}"
+        raise UsageError("a reference pack brings its own rows", where=option, todo="leave the option out")
 
 
 def choose_protocols(requested: Sequence[str], *, instruct: bool, has_text: bool) -> tuple[str, ...]:
