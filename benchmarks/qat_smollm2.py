@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     roundings = ("@nf4", "@q4_0")
     evaluation = halfbyte.evaluate(
         source,
-        [*(f"{source}{r}" for r in roundings), *(f"{folder}{r}" for folder in folders.values() for r in ("", *roundings)),
+        [*(f"{source}{r}" for r in roundings), *(f"{folder}{r}" for folder in folders.values() for r in ("", "@nf4")),
          *(f"qat_{grid}:{folder}{r}" for grid, folder in folders.items() for r in roundings)],
         base=[f"qat_{grid}={folder}" for grid, folder in folders.items()],
         data=[write_held_out(out, options.data)], out=out / "evaluation", device=options.device, dtype="float32",
