@@ -18,9 +18,10 @@ from halfbyte.errors import OutputError
 from halfbyte.evaluator import protocols
 from halfbyte.evaluator.job.bases import Base, open_bases
 from halfbyte.evaluator.job.effects import effects_of
-from halfbyte.evaluator.job.figures import figures_of, worst_tokens
+from halfbyte.evaluator.diagnosis.untouched import untouched_areas
+from halfbyte.evaluator.job.figures import figures_of, frame_of, residual_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
-from halfbyte.evaluator.job.material import Material, gather_material, rows_of
+from halfbyte.evaluator.job.material import Material, check_pictures, gather_material, rows_of
 from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, device_name, score_base
 from halfbyte.evaluator.job.settings import Settings, choose_protocols, command_of, settings_of
 from halfbyte.evaluator.job.sizes import parameters_of, size_of
@@ -111,9 +112,12 @@ class _Job:
                 settings.protocol,
                 instruct=protocols.is_instruct(self.tokenizers[each.name]),
                 has_text=material.given_text,
+                has_pictures=bool(material.pictures),
             )
             for each in bases
         }
+        for each in bases:
+            check_pictures(each.reference, self.names[each.name], material)
 
     def body(self) -> dict[str, Any]:
         scored = [self._score(each, name) for each in self.bases for name in self.names[each.name]]
@@ -131,7 +135,7 @@ class _Job:
     def _score(self, each: Base, name: str) -> Scored:
         place = (self.out / "traces", self.machine.device, self.machine.dtype)
         rows = rows_of(name, each.reference, self.material, self.settings, place)
-        return score_base(each, rows, self.machine, floor=self.settings.floor)
+        return score_base(each, rows, self.machine, floor=self.settings.floor, layers=self.settings.layers)
 
     def _base(self, each: Base) -> dict[str, Any]:
         parameters = parameters_of(each.reference)
@@ -148,6 +152,7 @@ class _Job:
                     "size": size_of(entry.weights, parameters),
                     "weights": weight_errors(each.reference, entry.weights, self.out / "vectors")
                     if self.settings.layers else None,
+                    "areas": untouched_areas(each.reference, entry.weights, self.out / "vectors"),
                 }
                 for entry in each.candidates
             ],
@@ -156,6 +161,7 @@ class _Job:
     def _block(self, scored: Scored) -> dict[str, Any]:
         """One protocol of one base."""
         found, rows, own = figures_of(scored, self.settings), scored.rows, scored.reference
+        frame = frame_of(scored, self.settings)
         tokenizer = self.tokenizers[scored.base.name]
         return {
             "protocol": rows.protocol,
@@ -163,7 +169,7 @@ class _Job:
             "base": scored.base.name,
             "out_of_frame": bool(rows.facts.get("out_of_frame", False)),
             "data": list(self.material.files_of(rows.protocol)),
-            "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
+            "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": len(own.arrays["nll"]), "documents": len(own.arrays["documents"]), "facts": rows.facts},
             "vectors": {"file": f"vectors/{own.path.name}", "cached": own.cached, "seconds": own.about["seconds"]},
             "measured_on": {key: own.about[key] for key in ("device_name", "streamed", "versions")},
             "self_kld": own.about["self_kld"],
@@ -175,6 +181,8 @@ class _Job:
                     "candidate": key,
                     "vectors": {"file": f"vectors/{stored.path.name}", "cached": stored.cached, "seconds": stored.about["seconds"]},
                     **found["candidates"][key],
+                    "frame": frame.get(key),
+                    "residual": residual_of(stored, own) if self.settings.layers else None,
                     "worst": worst_tokens(scored, key, tokenizer),
                 }
                 for key, stored in scored.candidates.items()
