@@ -121,9 +121,7 @@ def check_pictures(reference: Weights, chosen: Sequence[str], material: Material
     load_processor(reference)
 
 
-def _picture_rows(
-    reference: Weights, material: Material, settings: Settings, place: tuple[Path, str, str]
-) -> Rows:
+def _picture_rows(reference: Weights, material: Material, settings: Settings, place: tuple[Path, str, str]) -> Rows:
     from halfbyte.evaluator.vision.answers import write_picture_answers
     from halfbyte.evaluator.vision.rows import load_processor, look, picture_rows
 

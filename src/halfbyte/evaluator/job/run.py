@@ -16,9 +16,9 @@ from typing import Any
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError
 from halfbyte.evaluator import protocols
+from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.bases import Base, open_bases
 from halfbyte.evaluator.job.effects import effects_of
-from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.figures import figures_of, frame_of, residual_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
 from halfbyte.evaluator.job.material import Material, check_pictures, gather_material, rows_of

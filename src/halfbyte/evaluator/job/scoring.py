@@ -116,7 +116,10 @@ def _part(scored: Scored, inside: np.ndarray) -> Scored:
     import numpy as np
 
     def cut(stored: Stored) -> Stored:
-        arrays = {name: a[inside] if a.shape == inside.shape and name in _PER_TOKEN else a for name, a in stored.arrays.items()}
+        arrays = {
+            name: a[inside] if a.shape == inside.shape and name in _PER_TOKEN else a
+            for name, a in stored.arrays.items()
+        }
         return replace(stored, arrays=arrays)
 
     own = cut(scored.reference)

@@ -72,7 +72,13 @@ class WholeModel:
     """
 
     def __init__(
-        self, weights: Weights, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa", *, towers: bool = False
+        self,
+        weights: Weights,
+        device: str = "cpu",
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        *,
+        towers: bool = False,
     ) -> None:
         self.device, self.label = device, weights.label
         skeleton = build_skeleton(weights.config)

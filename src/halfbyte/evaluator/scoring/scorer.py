@@ -244,7 +244,9 @@ class Run:
             if floor:
                 noisy = self._candidate(model, states, model.head, ("floor", reference.digest), FLOOR_SEED)
             facts = {"versions": versions()}
-            return KeptReference(self.rows, self.batch, states, model.head, None, own, noisy, self_kld, facts, residuals)
+            return KeptReference(
+                self.rows, self.batch, states, model.head, None, own, noisy, self_kld, facts, residuals
+            )
         finally:
             model.close()
 
@@ -313,8 +315,10 @@ class Run:
             for batch, mine, states in zip(self.batches, kept, self._states(model, name[0], seed), strict=True)
             for part in _compare_batch(batch, mine, states, head, model.head)
         ]
-        vectors = [self._sorted([getattr(c, key) for c in compared]) for key in ("kld", "nll", "agrees", "delta_p")]
-        return Candidate(*name, *vectors)
+        kld, nll, agrees, delta = (
+            self._sorted([getattr(c, key) for c in compared]) for key in ("kld", "nll", "agrees", "delta_p")
+        )
+        return Candidate(*name, kld, nll, agrees, delta)
 
     def _sorted(self, pieces: Sequence[torch.Tensor]) -> np.ndarray:
         import torch

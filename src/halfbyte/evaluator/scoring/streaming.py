@@ -38,8 +38,8 @@ from halfbyte.evaluator.scoring.model import (
     take_scored,
 )
 from halfbyte.evaluator.scoring.places import Places
-from halfbyte.evaluator.scoring.residuals import Tap
 from halfbyte.evaluator.scoring.recording import Call, final_norm, passing_through, record_calls
+from halfbyte.evaluator.scoring.residuals import Tap
 from halfbyte.evaluator.weights import Weights
 from halfbyte.progress import track
 from halfbyte.recipe.skeleton import build_skeleton

@@ -116,9 +116,13 @@ def _image(name: str, folder: Path, where: str) -> Path:
         )
     path = folder / name
     if not path.is_file():
-        raise SourceError(f"there is no image {shown} beside it", where=where, todo="put the image beside the questions")
+        raise SourceError(
+            f"there is no image {shown} beside it", where=where, todo="put the image beside the questions"
+        )
     if path.resolve().parent != folder.resolve():
-        raise SourceError(f"image {shown} is a link that leads elsewhere", where=where, todo="put the file itself there")
+        raise SourceError(
+            f"image {shown} is a link that leads elsewhere", where=where, todo="put the file itself there"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise SourceError(f"image {shown} is larger than {MAX_BYTES >> 20} MiB", where=where, todo="make it smaller")
     width, height = _size(path, where)

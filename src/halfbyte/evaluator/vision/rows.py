@@ -147,7 +147,9 @@ def _look(processor: Any, prompt: PicturePrompt) -> Seen:
         made = processor(text=[text], images=[[image]], return_tensors="np", add_special_tokens=False)
     except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
         raise SourceError(
-            f"the model's processor refuses it ({str(error)[:200]})", where=str(prompt.image), todo="use another picture"
+            f"the model's processor refuses it ({str(error)[:200]})",
+            where=str(prompt.image),
+            todo="use another picture",
         ) from None
     ids = [int(token) for token in made["input_ids"][0]]
     check_bos(processor.tokenizer, ids)
