@@ -20,6 +20,7 @@ from halfbyte.cli.text.evaluation import render
 from halfbyte.errors import PlanError, SourceError, UsageError
 from halfbyte.evaluator.job.settings import choose_protocols
 from halfbyte.evaluator.protocols import IMAGE
+from halfbyte.evaluator.scoring.pack import write_pack
 from halfbyte.evaluator.scoring.scorer import keep_reference
 from halfbyte.evaluator.vision import answers as written
 from halfbyte.evaluator.vision import model as seeing
@@ -225,14 +226,16 @@ def test_other_pixels_are_other_rows(processor: Any, data: Path, tmp_path: Path)
 def test_answers_are_written_once_and_again_for_another_picture(
     processor: Any, tiny_gemma4: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, asked = open_weights(tiny_gemma4), read_picture_prompts(data)
-    seen, other = look(processor, asked[:1]), look(processor, asked[2:3])
+    folder = Path(shutil.copytree(data.parent, tmp_path / "other"))
+    Image.new("RGB", (64, 48), "yellow").save(folder / "a.png")
+    weights = open_weights(tiny_gemma4)
+    seen, other = (look(processor, read_picture_prompts(place / data.name)[:1]) for place in (data.parent, folder))
+    assert seen[0].ids == other[0].ids, "only the pixels differ"
     options = {"max_new_tokens": 3}
     first, facts = written.write_picture_answers(weights, processor, seen, tmp_path, **options)
     second, more = written.write_picture_answers(weights, processor, other, tmp_path, **options)
     assert facts["trace"] != more["trace"]
     assert [len(answer) for answer in (*first, *second)] == [3, 3]
-    assert first != second, "the same question, another picture"
     monkeypatch.setattr(written, "SeeingModel", None)
     assert written.write_picture_answers(weights, processor, seen, tmp_path, **options) == (first, facts)
 
@@ -245,11 +248,14 @@ def test_an_answer_without_words_is_no_content(processor: Any, data: Path) -> No
 
 
 def test_rows_with_pictures_are_scored_whole_or_not_at_all(
-    processor: Any, tiny_gemma4: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    processor: Any, tiny_gemma4: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, rows = open_weights(tiny_gemma4), rows_of(processor, data)
     with pytest.raises(PlanError, match="cannot be scored layer by layer"):
         keep_reference(weights, rows, streaming=True)
+    kept = keep_reference(weights, rows, floor=False)
+    with pytest.raises(UsageError, match="hold no pixels"):
+        write_pack(tmp_path / "pack", kept)
     monkeypatch.setattr(seeing, "available_bytes", lambda device: 1 << 20)
     with pytest.raises(PlanError, match="whole model in memory"):
         SeeingModel(weights)
