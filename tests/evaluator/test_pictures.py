@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from evaluator.test_untouched import TOWER, change_one_weight
 from PIL import Image
 
 import halfbyte
-from halfbyte.cards.report import report
+from halfbyte.cards.report import report, section
+from halfbyte.cards.report.page import render as page_of
 from halfbyte.cli.text.evaluation import render
 from halfbyte.errors import PlanError, SourceError, UsageError
 from halfbyte.evaluator.job.settings import choose_protocols
@@ -281,3 +284,17 @@ def test_pictures_bring_their_protocol() -> None:
     assert choose_protocols((), instruct=True, has_text=False, has_pictures=True) == (TEXT, IMAGE)
     assert choose_protocols((), instruct=False, has_text=False, has_pictures=True) == ("ppl[raw]", IMAGE)
     assert choose_protocols((TEXT,), instruct=True, has_text=False, has_pictures=True) == (TEXT,)
+
+
+def test_a_record_from_before_these_measurements_can_still_be_read(record: dict[str, Any], out: Path) -> None:
+    old = deepcopy(record)
+    for candidate in old["bases"][0]["candidates"]:
+        del candidate["areas"]
+    for found in old["protocols"]:
+        for candidate in found["candidates"]:
+            del candidate["residual"]
+    assert "areas outside the decoder: not measured" in render(old)
+    assert "areas outside the decoder: not measured" in section(old)
+    assert re.search(
+        r"residual stream against the reference.{5}s</td>(<td class=\"n\">not measured</td>){3}", page_of(old, out)
+    )

@@ -77,8 +77,8 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         "effects": _effects(record),
         "sizes": _sizes(record),
         "proofs": [
-            {"text": f"{short_name(c['id'])}: {untouched(c['areas'])}.", "same": all(a["same"] for a in c["areas"]["areas"])}
-            for base in record["bases"] for c in base["candidates"] if c["areas"]
+            {"text": f"{short_name(c['id'])}: {untouched(c.get('areas'))}.", "same": all(a["same"] for a in (c.get("areas") or {}).get("areas", ()))}
+            for base in record["bases"] for c in base["candidates"]
         ],
         "fidelity": [_fidelity(block) for block in record["protocols"]],
         "plots": _plots(record, folder),
@@ -157,7 +157,7 @@ def _fidelity(block: Mapping[str, Any]) -> dict[str, Any]:
         if which == 0:
             floor = ["" if c["above_floor"] is None else ("yes" if c["above_floor"] else "no") for c in candidates]
             rows.append(("above the noise floor", [text or ABSENT for text in floor]))
-    rows.append(("residual stream against the reference's", [drift(c["residual"]) for c in candidates]))
+    rows.append(("residual stream against the reference's", [drift(c.get("residual")) for c in candidates]))
     sure = [f"kld, p {b['from']:g} to {b['to']:g}" for b in candidates[0]["buckets"]] if candidates else []
     buckets = [(name, [_bucket(c["buckets"][at]) for c in candidates]) for at, name in enumerate(sure)]
     return {
@@ -218,7 +218,7 @@ def _layered(record: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[s
     found = []
     for place, c in enumerate(base["candidates"]):
         weights = [row for row in c["weights"]["layers"] if row["layer"] is not None] if c["weights"] else []
-        residual = [m["residual"] for m in (block["candidates"] if block else []) if m["candidate"] == c["id"]]
+        residual = [m.get("residual") for m in (block["candidates"] if block else []) if m["candidate"] == c["id"]]
         points = [p for p in residual[0]["points"] if p["layer"] is not None] if residual and residual[0] else []
         if weights or any(not point["identical"] for point in points):
             found.append((_label(c["id"]), place, weights, points))

@@ -26,7 +26,7 @@ def section(record: Mapping[str, Any]) -> str:
         for candidate in block["candidates"]:
             parts.append(f"- {text(sentence(block, candidate, references[block['base']]))}")
     for candidate in (each for base in record["bases"] for each in base["candidates"]):
-        parts.append(f"- {text(short_name(candidate['id']))}, {text(untouched(candidate['areas']))}.")
+        parts.append(f"- {text(short_name(candidate['id']))}, {text(untouched(candidate.get('areas')))}.")
     for block in record["protocols"]:
         parts += ["", _heading(block), "", str(_table(block))]
         if lines := frame_lines(block):

@@ -14,7 +14,7 @@ def render(record: Mapping[str, Any]) -> str:
     if record["effects"]:
         sections.append(_effects(record["effects"]))
     sections.append([_sizes_line(base) for base in record["bases"]])
-    sections.append([f"{c['id']}: {untouched(c['areas'])}" for base in record["bases"] for c in base["candidates"]])
+    sections.append([f"{c['id']}: {untouched(c.get('areas'))}" for base in record["bases"] for c in base["candidates"]])
     failed = [test for test in record["self_tests"] if not test["passed"]]
     tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
     margin = record["settings"]["margin"]
@@ -48,7 +48,7 @@ def _protocol(block: Mapping[str, Any]) -> list[str]:
     lines += [*table(rows), *(f"  {line}" for line in frame_lines(block))]
     return [
         *lines,
-        *(f"  {c['candidate']}: residual {drift(c['residual'])}" for c in block["candidates"] if c["residual"]),
+        *(f"  {c['candidate']}: residual {drift(c.get('residual'))}" for c in block["candidates"] if c.get("residual")),
     ]
 
 
