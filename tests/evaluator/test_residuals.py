@@ -49,7 +49,7 @@ def measured(family: str, rows: Rows, *, streaming: bool, candidate: Any = None)
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_e", "llama"])
 def test_layer_by_layer_gives_the_bits_of_the_whole(family: str, rows: Rows) -> None:
     for whole, streamed in zip(*(measured(family, rows, streaming=s) for s in (False, True)), strict=True):
-        assert whole.keys() == streamed.keys() == {"signal", "noise", "sample"}
+        assert whole.keys() == streamed.keys() == {"signal", "noise", "median", "sample"}
         for name, array in whole.items():
             assert array.tobytes() == streamed[name].tobytes(), name
     assert len(whole["noise"]) == len(config_of_layers(family)) + 2
@@ -87,6 +87,9 @@ def test_sums_are_those_of_the_model_s_own_hidden_states_without_padding(rows: R
         mine, theirs = (stream[at].double() for stream in streams)
         assert found["signal"][point] == pytest.approx(float(mine.square().sum()), rel=1e-5)
         assert found["noise"][point] == pytest.approx(float((mine - theirs).square().sum()), rel=1e-4, abs=1e-12)
+        ratios = ((mine - theirs).square().sum(1) / mine.square().sum(1)).numpy()
+        middle = np.quantile(ratios, 0.5, method="inverted_cdf")
+        assert found["median"][point] == pytest.approx(middle, rel=1e-3, abs=1e-12)
     assert found["sample"].tolist() == [len(rows.tokens), sum(map(len, rows.tokens))]
 
 
@@ -129,9 +132,28 @@ def test_it_is_kept_with_the_vectors_and_measured_later_where_it_was_left_out(ro
     ]  # fmt: skip
     planted = body["points"][2]
     assert 10 < planted["sqnr_db"] < 60
+    assert 10 < planted["median_db"] < 60
     assert planted["floor_db"] > 30
     assert body["n"] == sum(map(len, rows.tokens))
     assert score_base(base, rows, machine, floor=True).candidates["c"].cached, "leaving it out again costs nothing"
+
+
+def test_one_huge_position_moves_the_pooled_figure_and_not_the_median() -> None:
+    """What SmolLM2's first token does: the error is the same everywhere, the signal is not."""
+    kept = residuals.KeptResiduals(Sample(random_rows(3, 128, (9, 2)), 1, (1, 4), 4), (1, 4))
+    plain = torch.ones(1, 9, 4)
+    huge = plain.clone()
+    huge[0, 0] = 1000
+    found = []
+    for states in (plain, huge):
+        kept.note(0, 0, None, states)
+        errors = residuals.ResidualErrors(kept)
+        errors.note(0, 0, None, states + 0.1)
+        found.append(errors.arrays())
+    pooled, median = ([decibels(f["signal"][0], f["noise"][0]) for f in found], [f["median"][0] for f in found])
+    assert pooled[0] == pytest.approx(20, abs=1e-3)
+    assert pooled[1] > 65
+    assert median == pytest.approx([0.01, 0.01], rel=1e-4)
 
 
 def test_decibels() -> None:

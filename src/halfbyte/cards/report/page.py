@@ -41,8 +41,8 @@ _FIGURES = (
     "kld mean", "kld median", "kld p90", "kld p99", "kld p99.9", "top-1 agreement", "rms delta p", "delta nll", "ppl", "ppl ratio",
 )  # fmt: skip
 _LAYERS = (
-    "Where the loss enters, layer by layer; higher is better. Circles: the weights of the layer. Crosses: the residual stream after it, "
-    "under the base's first protocol; in grey the noise floor's."
+    "Where the loss enters, layer by layer; higher is better. Circles: the weights of the layer. Crosses: the residual stream after it (median of "
+    "the positions), under the base's first protocol; in grey the noise floor's."
 )
 Vectors = Mapping[str, Any]
 

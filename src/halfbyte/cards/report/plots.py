@@ -146,14 +146,18 @@ Rows = Sequence[Mapping[str, Any]]
 def layers(series: Sequence[tuple[str, int, Rows, Rows]]) -> str:
     """SQNR in dB, up is better: of each layer's changed weights, and of the residual stream after it.
 
-    (name, place among the candidates, layers of weights, points of the residual, each perhaps empty)
+    (name, place among the candidates, layers of weights, points of the residual, each perhaps empty). Of the residual the median
+    over positions is drawn: the pooled figure follows a few huge activations (halfbyte.evaluator.scoring.residuals).
     """
 
     def paint(axes: Any) -> None:
         for name, place, weights, residual in series:
-            for what, marker, found in (("weights", "o", weights), ("residual", "x", residual)):
-                kept = [row for row in found if row["layer"] is not None and row["sqnr_db"] is not None]
-                x, y = [row["layer"] for row in kept], [row["sqnr_db"] for row in kept]
+            for what, marker, found, key in (
+                ("weights", "o", weights, "sqnr_db"),
+                ("residual", "x", residual, "median_db"),
+            ):
+                kept = [row for row in found if row["layer"] is not None and row[key] is not None]
+                x, y = [row["layer"] for row in kept], [row[key] for row in kept]
                 if kept:
                     axes.plot(x, y, marker=marker, markersize=3, label=f"{name}, {what}", **_style(place))
         floor = [row for _, _, _, points in series[:1] for row in points if row["floor_db"] is not None]

@@ -141,13 +141,15 @@ def drift(found: Mapping[str, Any] | None) -> str:
     if all(point["identical"] for point in points):
         return f"identical to the reference's after every layer, {over}"
     first = next(point for point in points if not point["identical"])
-    known = [point for point in points if point["sqnr_db"] is not None]
-    if len(known) < sum(not point["identical"] for point in points):
-        broken = next(point for point in points if point["sqnr_db"] is None and not point["identical"])
-        return f"not finite, or zero in the reference, {_place(broken)}, {over}"
-    worst = min(known, key=lambda point: point["sqnr_db"])
-    text = f"{first['sqnr_db']:.1f} dB {_place(first)}, where it first differs; lowest {worst['sqnr_db']:.1f} dB {_place(worst)}"
-    falls = [(a["sqnr_db"] - b["sqnr_db"], b) for a, b in itertools.pairwise(known)]
+    if broken := [point for point in points if point["sqnr_db"] is None and not point["identical"]]:
+        return f"not finite, or zero in the reference, {_place(broken[0])}, {over}"
+    known = [point for point in points if point["median_db"] is not None]
+    if not known:
+        return f"first differs {_place(first)}, and at fewer than half of the positions; {over}"
+    worst = min(known, key=lambda point: point["median_db"])
+    text = f"first differs {_place(first)}; median {known[0]['median_db']:.1f} dB {_place(known[0])}, "
+    text += f"lowest {worst['median_db']:.1f} dB {_place(worst)}"
+    falls = [(a["median_db"] - b["median_db"], b) for a, b in itertools.pairwise(known)]
     if falls and (fall := max(falls, key=lambda pair: pair[0]))[0] > 0:
         text += f"; worst drop {fall[0]:.1f} dB {_place(fall[1])}"
     return f"{text}; {over}"

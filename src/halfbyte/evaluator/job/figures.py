@@ -96,14 +96,14 @@ def frame_of(scored: Scored, settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def residual_of(stored: Stored, own: Stored) -> dict[str, Any] | None:
-    """SQNR of the residual stream by point, as the record holds it; None if it was not measured, or has another shape.
+    """SQNR of the residual stream by point, pooled and the positions' median (the floor's: the median), for the record; None if it was not measured, or has another shape.
 
     own  the reference's vectors, which hold the floor's
     """
     signal, noise = (stored.arrays.get(f"residual_{name}") for name in ("signal", "noise"))
     if signal is None or noise is None or not len(signal):
         return None
-    floor = own.arrays.get("residual_noise", ())
+    floor = own.arrays.get("residual_median", ())
     rows, positions = (int(n) for n in stored.arrays["residual_sample"])
     last = len(signal) - 1
     points = [
@@ -112,7 +112,8 @@ def residual_of(stored: Stored, own: Stored) -> dict[str, Any] | None:
             "layer": at - 1 if 0 < at < last else None,
             "sqnr_db": decibels(signal[at], noise[at]),
             "identical": bool(noise[at] == 0),
-            "floor_db": decibels(own.arrays["residual_signal"][at], floor[at]) if len(floor) == len(signal) else None,
+            "median_db": decibels(1.0, stored.arrays["residual_median"][at]),
+            "floor_db": decibels(1.0, floor[at]) if len(floor) == len(signal) else None,
         }
         for at in range(len(signal))
     ]

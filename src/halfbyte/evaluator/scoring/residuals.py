@@ -5,6 +5,11 @@
 A layer's weights say how much was rounded there, the residual says what came of it: errors add up, cancel, are damped by a norm
 or blown up by one large channel. Pooled over the positions, padding left out.
 
+Pooled alone it misleads. Many models park a huge activation at their first token: in SmolLM2-135M one position of 23 holds 99.9 % of
+the energy behind layer 11, which lifts the pooled figure of an NF4 from 14.7 to 24.2 dB there and drops it again by 9 dB where
+the model takes it back, while the other positions decline steadily from 19.5 to 8.3 dB. So each position's own SQNR is taken too, and
+its median is what sentences and drawings speak of.
+
 It is taken in the pass that is scored anyway: both kinds of model tell a `Tap` what the stream is at each point, and no weight
 is read twice. The reference's states are kept for a *sample*: the first rows, cut where SAMPLE_BYTES or SAMPLE_POSITIONS are full
 (a 31B in bf16: 805 positions), so memory does not grow with the rows, nor with the layers.
@@ -87,22 +92,37 @@ class _Sums:
 
     def __init__(self) -> None:
         self._found: dict[int, dict[int, tuple[float, float]]] = {}
+        self._ratios: dict[int, dict[int, np.ndarray]] = {}
 
     def add(self, point: int, batch: int, mine: torch.Tensor, theirs: torch.Tensor) -> None:
         h = mine.double()
-        sums = float(h.square().sum()), float((h - theirs.double()).square().sum())
-        self._found.setdefault(point, {})[batch] = sums
+        signal, noise = h.square().sum(dim=1), (h - theirs.double()).square().sum(dim=1)
+        self._found.setdefault(point, {})[batch] = float(signal.sum()), float(noise.sum())
+        same = noise == 0  # also where the signal is 0 too
+        self._ratios.setdefault(point, {})[batch] = (noise / signal).masked_fill(same, 0.0).numpy()
 
     def arrays(self, sample: Sample) -> dict[str, np.ndarray]:
-        """{"signal", "noise"}: float64, an entry a point; {"sample"}: rows and positions."""
+        """{"signal", "noise", "median"}: float64, an entry a point; {"sample"}: rows and positions.
+
+        median  over positions, of each one's noise over its signal (the lower of two middle ones; NaN if any is)
+        """
         import numpy as np
 
         points = [[self._found[point][batch] for batch in sorted(self._found[point])] for point in sorted(self._found)]
         return {
             "signal": np.array([math.fsum(signal for signal, _ in sums) for sums in points]),
+            "median": np.array(
+                [_median(np.concatenate(list(self._ratios[point].values()))) for point in sorted(self._found)]
+            ),
             "noise": np.array([math.fsum(noise for _, noise in sums) for sums in points]),
             "sample": np.array([sample.rows, sample.positions], np.int64),
         }
+
+
+def _median(ratios: np.ndarray) -> float:
+    import numpy as np
+
+    return float(np.quantile(ratios, 0.5, method="inverted_cdf")) if not np.isnan(ratios).any() else math.nan
 
 
 class KeptResiduals:
