@@ -45,7 +45,12 @@ def write_lessons(out: Path, source: Path, data: Path, options: argparse.Namespa
     weights = open_weights(source)
     try:
         answers, _ = write_answers(
-            weights, chats, out / "traces", max_new_tokens=options.max_new_tokens, device=options.device, batch=options.rows
+            weights,
+            chats,
+            out / "traces",
+            max_new_tokens=options.max_new_tokens,
+            device=options.device,
+            batch=options.rows,
         )
         decode = load_tokenizer(weights).decode
     finally:

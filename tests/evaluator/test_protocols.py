@@ -217,8 +217,8 @@ def test_reference_writes_its_own_greedy_answers_once(
 
 
 def test_an_answer_ends_with_its_stop_token() -> None:
-    assert traces._until_stop([5, 6, 106, 0, 0], {1, 106}) == [5, 6, 106]
-    assert traces._until_stop([5, 6, 7], {1, 106}) == [5, 6, 7]
+    assert traces.until_stop([5, 6, 106, 0, 0], {1, 106}) == [5, 6, 106]
+    assert traces.until_stop([5, 6, 7], {1, 106}) == [5, 6, 7]
 
 
 def test_a_prompt_longer_than_the_row_is_refused(tokenizer: Any) -> None:

@@ -20,14 +20,14 @@ def command(
     ] = None,
     base: Annotated[list[str] | None, typer.Option(help="NAME=REF: a further reference; may be repeated.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help=".jsonl of prompts or chats, or a text; may be repeated. Without: built-in prompts.")
+        list[str] | None, typer.Option(help=".jsonl of prompts, chats or questions with an image, or a text; may be repeated. Without: built-in prompts.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of record, vectors and report.")] = Path("halfbyte-evaluation"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     protocol: Annotated[
         list[str] | None, typer.Option(help="e.g. 'kld[assistant,given]'; may be repeated. Without: what means something.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="First so many chats, first so many documents.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many chats, documents, pictures.")] = None,
     window: Annotated[int, typer.Option(help="Text tokens a row.")] = 512,
     windows: Annotated[int | None, typer.Option(help="First so many rows of a document.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the reference writes.")] = 128,
@@ -36,7 +36,7 @@ def command(
     margin: Annotated[float, typer.Option(help="Nats: a loss within it is a tie.")] = 0.01,
     resamples: Annotated[int, typer.Option(help="Draws of the bootstrap over documents.")] = 10_000,
     floor: Annotated[bool, typer.Option(help="Measure the noise floor.")] = True,
-    layers: Annotated[bool, typer.Option(help="Measure the error of every weight tensor.")] = True,
+    layers: Annotated[bool, typer.Option(help="Measure the error of every weight tensor, and of the residual stream after every layer.")] = True,
     write_reference: Annotated[Path | None, typer.Option(help="Also write the reference as a pack, to score against without it.")] = None,
     pack_head: Annotated[bool, typer.Option(help="Put the output embedding into that pack too.")] = False,
     json: JSON_OPTION = False,

@@ -5,6 +5,7 @@
     ppl[assistant-frame]      text inside an assistant turn that never ends; the text counts
     ppl[raw]                  text alone, one <bos> a window if the tokenizer has one; for base models
     ppl[raw,wikitext-80]      80 paragraphs of WikiText-2 test: the protocol of a published table, to re-run it as it stands
+    kld[assistant,on-policy,image]  the same as the first, about a picture (halfbyte.evaluator.vision.rows)
 
 Why the frame matters: an instruct model prices text outside its own turn as noise. Gemma 4's perplexity on bare WikiText is in the thousands, in the
 assistant's turn 37: the raw figure measures how surprised the model is to be out of its frame, and moves by that.
@@ -12,7 +13,7 @@ Raw rows of a model with a chat template are therefore marked `out_of_frame` in 
 
 How rows are cut, always on token ids and never on strings: the prompt is what the template renders up to the generation
 prompt; the answer is encoded by itself and appended, as generation would have appended it; nothing but the protocol puts in
-a <bos>, and `_one_bos` counts.
+a <bos>, and `check_bos` counts.
 
 A change of any rule here changes the version: figures of different versions are not comparable.
 """
@@ -38,7 +39,10 @@ VERSIONS: Mapping[str, int] = {
     "ppl[assistant-frame]": 1,
     "ppl[raw]": 1,
     "ppl[raw,wikitext-80]": 1,
+    "kld[assistant,on-policy,image]": 1,
 }
+#: the one that is built elsewhere: halfbyte.evaluator.vision.rows
+IMAGE = "kld[assistant,on-policy,image]"
 #: what the user says before the text of `ppl[assistant-frame]`; templates want a user's turn first
 FRAME_REQUEST = "Write a text."
 #: the published table says "80 documents, about 30k tokens" and no more; long paragraphs, taken in order, give that
@@ -167,7 +171,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
         [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
     ids: list[int] = found[0] if found and isinstance(found[0], list) else found
-    _one_bos(tokenizer, ids)
+    check_bos(tokenizer, ids)
     return ids
 
 
@@ -191,7 +195,7 @@ def _bos(tokenizer: Any, wanted: bool | None) -> list[int]:
     return [tokenizer.bos_token_id] if wanted is not False and tokenizer.bos_token_id is not None else []
 
 
-def _one_bos(tokenizer: Any, ids: Sequence[int]) -> None:
+def check_bos(tokenizer: Any, ids: Sequence[int]) -> None:
     """Raises SourceError if a row begins with two <bos>: a template and a tokenizer that both add one."""
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
@@ -219,7 +223,7 @@ def _windows(
             if len(piece) < 2:
                 continue
             _add(tokens, scored, prefix, piece, len(prefix) + len(piece))
-            _one_bos(tokenizer, tokens[-1].tolist())
+            check_bos(tokenizer, tokens[-1].tolist())
             names.append(document.name)
     counts = {} if facts.get("windows") else words_and_bytes(documents)  # of whole documents, or of nothing
     made = _rows(protocol, tokenizer, tokens, scored, (), {**facts, **counts}, names)

@@ -92,10 +92,14 @@ class Rows:
 
         The order depends on nothing but the rows: every model sees the same batches.
         """
+        return [self._batch(chosen) for chosen in self.order(size)]
+
+    def order(self, size: int) -> list[np.ndarray]:
+        """The rows of each of `batches(size)`."""
         import numpy as np
 
         order = sorted(range(len(self.tokens)), key=lambda row: (-len(self.tokens[row]), row))
-        return [self._batch(np.array(order[at : at + size])) for at in range(0, len(order), size)]
+        return [np.array(order[at : at + size]) for at in range(0, len(order), size)]
 
     def _batch(self, chosen: np.ndarray) -> Batch:
         import numpy as np

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
+from halfbyte.evaluator.vision.prompts import shows_picture
 
 ARTICLE = re.compile(r"(?m)^(?= = [^=].* = $)")
 HEADING = re.compile(r" = .* = ")
@@ -108,14 +109,15 @@ def read_chats(path: Path, limit: int | None = None) -> list[Chat]:
     """Chats of a JSON-lines file, the first `limit` of them.
 
     A line is {"prompt": str, "response": str (optional)} or {"messages": [{"role", "content"}, ...]}; of messages that end
-    with the assistant's, that one is the response. `id` or `key` becomes the name.
+    with the assistant's, that one is the response. `id` or `key` becomes the name. A line with an "image" is none of ours
+    (halfbyte.evaluator.vision.prompts).
     raises SourceError, naming the line
     """
     chats: list[Chat] = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         if limit is not None and len(chats) >= limit:
             break
-        if line.strip():
+        if line.strip() and not shows_picture(line):
             chats.append(_chat(line, f"{path}, line {number}", str(number)))
     if not chats:
         raise SourceError("no chats in it", where=str(path), todo='give lines of {"prompt": ..., "response": ...}')

@@ -34,7 +34,7 @@ def write_answers(
     cache  folder of traces; the file's name is the digest of what the answers depend on
     """
     tokenizer = load_tokenizer(weights)
-    stop = _stop_ids(weights, tokenizer)
+    stop = stop_ids(weights, tokenizer)
     prompts = [prompt_ids(tokenizer, chat.messages) for chat in chats]
     key = {
         "format": FORMAT, "weights": weights.digest, "tokenizer": tokenizer_facts(tokenizer), "prompts": prompts,
@@ -48,7 +48,7 @@ def write_answers(
         "max_new_tokens": max_new_tokens,
         "trace": digest(key),
     }
-    stored = _stored(path, digest(key))
+    stored = stored_answers(path, digest(key))
     if stored is not None:
         note(f"answers of {weights.label}: from {path.name}")
         return stored, facts
@@ -62,7 +62,7 @@ def write_answers(
     return answers, facts
 
 
-def _stored(path: Path, key: str) -> list[list[int]] | None:
+def stored_answers(path: Path, key: str) -> list[list[int]] | None:
     """The answers in a trace file, None if there is none or it is another's or damaged (it is then written again)."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def _stored(path: Path, key: str) -> list[list[int]] | None:
     return answers if body.get("key") == key else None
 
 
-def _stop_ids(weights: Weights, tokenizer: Any) -> list[int]:
+def stop_ids(weights: Weights, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: generation_config.json's, config.json's and the tokenizer's (Gemma ends turns with <turn|>)."""
     found: set[int] = set()
     path = weights.companions_folder() / "generation_config.json"
@@ -107,12 +107,12 @@ def _generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
             for at, row in enumerate(chosen):
-                answers[row] = _until_stop(output[at, width:].tolist(), set(stop))
+                answers[row] = until_stop(output[at, width:].tolist(), set(stop))
             advance(len(chosen))
     return answers
 
 
-def _until_stop(ids: list[int], stop: set[int]) -> list[int]:
+def until_stop(ids: list[int], stop: set[int]) -> list[int]:
     """Up to and including the first token that ends the answer; what follows is padding."""
     end = next((at for at, token in enumerate(ids) if token in stop), len(ids) - 1)
     return ids[: end + 1]

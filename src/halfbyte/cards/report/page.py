@@ -20,7 +20,19 @@ import numpy as np
 from halfbyte.cards.report import plots
 from halfbyte.cards.report.frames import frames
 from halfbyte.cards.report.section import section
-from halfbyte.cards.report.words import ABSENT, figure_of, gigabytes, interval, number, percent, sentence, short_name
+from halfbyte.cards.report.words import (
+    ABSENT,
+    drift,
+    figure_of,
+    frame_lines,
+    gigabytes,
+    interval,
+    number,
+    percent,
+    sentence,
+    short_name,
+    untouched,
+)
 from halfbyte.errors import SourceError, UsageError
 from halfbyte.records import read_record, write_text_atomic
 
@@ -29,6 +41,10 @@ _VECTORS = re.compile(r"vectors/[A-Za-z0-9][A-Za-z0-9._-]*\.npz")
 _FIGURES = (
     "kld mean", "kld median", "kld p90", "kld p99", "kld p99.9", "top-1 agreement", "rms delta p", "delta nll", "ppl", "ppl ratio",
 )  # fmt: skip
+_LAYERS = (
+    "Where the loss enters, layer by layer; higher is better. Circles: the weights of the layer. Crosses: the residual stream after it (median of "
+    "the positions), under the base's first protocol; in grey the noise floor's."
+)
 Vectors = Mapping[str, Any]
 
 
@@ -62,6 +78,10 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         "effects": _effects(record),
         "sizes": _sizes(record),
         "frames": frames(record),
+        "proofs": [
+            {"text": f"{short_name(c['id'])}: {untouched(c.get('areas'))}.", "same": all(a["same"] for a in (c.get("areas") or {}).get("areas", ()))}
+            for base in record["bases"] for c in base["candidates"]
+        ],
         "fidelity": [_fidelity(block) for block in record["protocols"]],
         "plots": _plots(record, folder),
         "command": shlex.join(record["command"]),
@@ -139,11 +159,12 @@ def _fidelity(block: Mapping[str, Any]) -> dict[str, Any]:
         if which == 0:
             floor = ["" if c["above_floor"] is None else ("yes" if c["above_floor"] else "no") for c in candidates]
             rows.append(("above the noise floor", [text or ABSENT for text in floor]))
+    rows.append(("residual stream against the reference's", [drift(c.get("residual")) for c in candidates]))
     sure = [f"kld, p {b['from']:g} to {b['to']:g}" for b in candidates[0]["buckets"]] if candidates else []
     buckets = [(name, [_bucket(c["buckets"][at]) for c in candidates]) for at, name in enumerate(sure)]
     return {
         "block": block, "names": [short_name(c["candidate"]) for c in candidates], "rows": rows, "buckets": buckets,
-        "floor": interval(block["floor"]), "ppl": interval(block["reference"][0]),
+        "frame": frame_lines(block), "floor": interval(block["floor"]), "ppl": interval(block["reference"][0]),
         "files": ", ".join(f"{file['name']} (sha256 {file['sha256'][:16]})" for file in block["data"]),
         "comparisons": [
             f"{short_name(c['candidate'])} minus {short_name(c['against'])}: mean KLD {interval(c)} nats, {c['verdict']}"
@@ -169,24 +190,20 @@ def _plots(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         if not block["candidates"]:
             continue
         own, candidates = _vectors(folder, block["vectors"]["file"]), _ordered(block["candidates"], harness)
-        series, floor = [(_label(c["candidate"]), _checked(folder, c)) for c in candidates], own.get("floor_kld")
+        content = ~own["frame"] if "frame" in own else np.ones(len(own["nll"]), bool)
+        series = [(_label(c["candidate"]), _checked(folder, c, content)) for c in candidates]
+        floor = own["floor_kld"][content] if "floor_kld" in own else None
         told = sum(c["candidate"] not in harness for c in candidates) or len(candidates)
         bars = [(_label(c["candidate"]), c["buckets"]) for c in candidates[:told]]
         drawn = [
             ("Tokens by KL divergence. In the grey area and left of it nothing can be told from noise.", plots.histogram(series, floor)),
-            ("Along the window: a loss that grows with context rises to the right.", plots.window(series[:told], own["position"], floor)),
+            ("Along the window: a loss that grows with context rises to the right.", plots.window(series[:told], own["position"][content], floor)),
             ("By how sure the reference was, with 95 % intervals. Where a cap is missing, the documents bound nothing.", plots.buckets(bars)),
         ]  # fmt: skip
         found.append({"title": f"{block['protocol']}, base {block['base']}", "drawings": drawn})
     for base in record["bases"]:
-        layered = [
-            (_label(c["id"]), place, c["weights"]["layers"])
-            for place, c in enumerate(_ordered(base["candidates"], harness))
-            if c["id"] not in harness
-            and c["weights"]
-            and any(row["layer"] is not None for row in c["weights"]["layers"])
-        ]
-        drawn = [("Error of the weights, layer by layer; higher is better.", plots.layers(layered))] if layered else []
+        layered = _layered(record, base, harness)
+        drawn = [(_LAYERS, plots.layers(layered))] if layered else []
         points = _points(record, base, harness)
         if points:
             drawn.append(("Loss over size; nearer to the corner is better.", plots.pareto(points)))
@@ -203,6 +220,23 @@ def _plots(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
 def _ordered(candidates: Sequence[Mapping[str, Any]], harness: Collection[str]) -> list[Mapping[str, Any]]:
     """Models that test the harness last: a colour then means the same candidate in every drawing, with or without them."""
     return sorted(candidates, key=lambda c: c.get("candidate", c.get("id")) in harness)
+
+
+def _layered(
+    record: Mapping[str, Any], base: Mapping[str, Any], harness: Collection[str]
+) -> list[tuple[str, int, Any, Any]]:
+    """(name, place, layers of weights, points of the residual under the base's first protocol) of what has either."""
+    block = next((b for b in record["protocols"] if b["base"] == base["name"]), None)
+    found = []
+    for place, c in enumerate(_ordered(base["candidates"], harness)):
+        if c["id"] in harness:
+            continue
+        weights = [row for row in c["weights"]["layers"] if row["layer"] is not None] if c["weights"] else []
+        residual = [m.get("residual") for m in (block["candidates"] if block else []) if m["candidate"] == c["id"]]
+        points = [p for p in residual[0]["points"] if p["layer"] is not None] if residual and residual[0] else []
+        if weights or any(not point["identical"] for point in points):
+            found.append((_label(c["id"]), place, weights, points))
+    return found
 
 
 def _label(spec: str) -> str:
@@ -245,9 +279,10 @@ def _interactions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return drawn
 
 
-def _checked(folder: Path, candidate: Mapping[str, Any]) -> Any:
-    """The candidate's KLD vector; raises SourceError unless its mean is the record's figure."""
+def _checked(folder: Path, candidate: Mapping[str, Any], content: Any) -> Any:
+    """The candidate's KLD vector, of `content` alone; raises SourceError unless its mean is the record's figure."""
     kld = _vectors(folder, candidate["vectors"]["file"])["kld"]
+    kld = kld[content] if kld.shape == content.shape else kld
     figure = figure_of(candidate, "kld mean")
     if figure is None or len(kld) != figure["n"] or not np.isclose(kld.mean(), figure["value"], rtol=1e-9, atol=1e-12):
         raise SourceError(

@@ -140,20 +140,36 @@ def buckets(series: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
     return draw("KL divergence by confidence", paint)
 
 
-def layers(series: Sequence[tuple[str, int, Sequence[Mapping[str, Any]]]]) -> str:
-    """SQNR of each layer's changed weights, dB; up is better. (name, place among the candidates, layers)"""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def layers(series: Sequence[tuple[str, int, Rows, Rows]]) -> str:
+    """SQNR in dB, up is better: of each layer's changed weights, and of the residual stream after it.
+
+    (name, place among the candidates, layers of weights, points of the residual, each perhaps empty). Of the residual the median
+    over positions is drawn: the pooled figure follows a few huge activations (halfbyte.evaluator.scoring.residuals).
+    """
 
     def paint(axes: Any) -> None:
-        for name, place, found in series:
-            kept = [row for row in found if row["layer"] is not None and row["sqnr_db"] is not None]
-            x, y = [row["layer"] for row in kept], [row["sqnr_db"] for row in kept]
-            axes.plot(x, y, marker="o", markersize=3, label=name, **_style(place))
+        for name, place, weights, residual in series:
+            for what, marker, found, key in (
+                ("weights", "o", weights, "sqnr_db"),
+                ("residual", "x", residual, "median_db"),
+            ):
+                kept = [row for row in found if row["layer"] is not None and row[key] is not None]
+                x, y = [row["layer"] for row in kept], [row[key] for row in kept]
+                if kept:
+                    axes.plot(x, y, marker=marker, markersize=3, label=f"{name}, {what}", **_style(place))
+        floor = [row for _, _, _, points in series[:1] for row in points if row["floor_db"] is not None]
+        if floor:
+            x, y = [row["layer"] for row in floor], [row["floor_db"] for row in floor]
+            axes.plot(x, y, marker="x", markersize=3, label="noise floor, residual", color=INK, alpha=0.4)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
-        axes.set_ylabel("SQNR of the weights, dB")
+        axes.set_ylabel("SQNR, dB")
         _legend(axes)
 
-    return draw("Error of the weights by layer", paint)
+    return draw("Error of weights and residual by layer", paint)
 
 
 def pareto(points: Sequence[tuple[str, int, int, Mapping[str, Any]]]) -> str:

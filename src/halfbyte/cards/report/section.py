@@ -7,7 +7,17 @@ from typing import Any
 
 from halfbyte.cards.markdown import Markdown, code, fence, joined, table, text
 from halfbyte.cards.report.frames import frames
-from halfbyte.cards.report.words import ABSENT, figure_of, interval, number, percent, sentence, short_name
+from halfbyte.cards.report.words import (
+    ABSENT,
+    figure_of,
+    frame_lines,
+    interval,
+    number,
+    percent,
+    sentence,
+    short_name,
+    untouched,
+)
 
 
 def section(record: Mapping[str, Any]) -> str:
@@ -17,9 +27,13 @@ def section(record: Mapping[str, Any]) -> str:
     for block in record["protocols"]:
         for candidate in block["candidates"]:
             parts.append(f"- {text(sentence(block, candidate, references[block['base']]))}")
+    for candidate in (each for base in record["bases"] for each in base["candidates"]):
+        parts.append(f"- {text(short_name(candidate['id']))}, {text(untouched(candidate.get('areas')))}.")
     parts += _frames(record)
     for block in record["protocols"]:
         parts += ["", _heading(block), "", str(_table(block))]
+        if lines := frame_lines(block):
+            parts += ["", *(f"- {text(line)}" for line in lines)]
     if record["effects"]:
         parts += ["", "Two bases: D is what quantization cost each, T what training did, I = D(QAT) - D(vanilla).", ""]
         rows = [(e["effect"], code(e["protocol"]), e["metric"], e["precision"], interval(e), e["verdict"]) for e in record["effects"]]  # fmt: skip

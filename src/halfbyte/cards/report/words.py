@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.cards.markdown import visible
+
+_AREAS = {
+    "vision": "vision tower", "audio": "audio tower", "projector": "projector", "embeddings": "embeddings", "head": "head",
+    "other": "other tensors outside the decoder",
+}  # fmt: skip
 ABSENT = "not measured"
 
 
@@ -74,8 +81,79 @@ def sentence(block: Mapping[str, Any], candidate: Mapping[str, Any], reference: 
     if block["floor"] is not None:
         above = "above" if candidate["above_floor"] else "not above"
         floor = f" Its mean KLD is {above} the noise floor ({number(block['floor']['value'])})."
+    tokens = "content tokens" if "frame_tokens" in block["rows"]["facts"] else "tokens"
     return (
         f"{short_name(candidate['candidate'])} against {short_name(reference)}: {name} {interval(said)} nats a token over "
-        f"{block['rows']['n']:,} tokens of {block['rows']['documents']} documents ({block['protocol']}{stress}); "
+        f"{block['rows']['n']:,} {tokens} of {block['rows']['documents']} documents ({block['protocol']}{stress}); "
         f"{meaning(said)}.{floor}"
     )
+
+
+def untouched(found: Mapping[str, Any] | None) -> str:
+    """What of a candidate is the reference's, value by value, and loudly what is not."""
+    if found is None:
+        return f"areas outside the decoder: {ABSENT}"
+    same = [row for row in found["areas"] if row["same"]]
+    parts = []
+    if same:
+        names = [_area(row["area"], found) for row in same]
+        listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        tensors = sum(row["tensors"] for row in same)
+        parts.append(f"{listed}: {tensors:,} of {tensors:,} tensors identical to the reference's")
+    for row in (row for row in found["areas"] if not row["same"]):
+        missing = f", {row['missing']:,} not in both" if row["missing"] else ""
+        parts.append(
+            f"{_AREAS.get(row['area'], row['area']).upper()} NOT THE REFERENCE'S: only {row['identical']:,} of {row['tensors']:,} tensors "
+            f"identical{missing}, first {visible(str(row['first']))[:200]}"
+        )
+    return "; ".join(parts)
+
+
+def _area(name: str, found: Mapping[str, Any]) -> str:
+    tied = " (with the head, which is tied to them)" if name == "embeddings" and found["head_tied"] else ""
+    return f"{_AREAS.get(name, name)}{tied}"
+
+
+def frame_lines(block: Mapping[str, Any]) -> list[str]:
+    """A line a candidate on the tokens that are frame; [] under a protocol that sets none apart."""
+    if "frame_tokens" not in block["rows"]["facts"]:
+        return []
+    lines = []
+    for candidate in block["candidates"]:
+        frame = candidate["frame"]
+        if frame is None:
+            lines.append(f"{short_name(candidate['candidate'])}: frame tokens, none was written")
+            continue
+        kld, agreement = (figure_of(frame, name) for name in ("kld mean", "top-1 agreement"))
+        lines.append(
+            f"{short_name(candidate['candidate'])}: frame tokens apart (n = {frame['n']:,}), KLD {interval(kld)} nats, "
+            f"top-1 {percent(agreement['value'] if agreement else None)}"
+        )
+    return lines
+
+
+def drift(found: Mapping[str, Any] | None) -> str:
+    """The residual stream in one line: where it first differs, how far it gets, where it drops most."""
+    if found is None:
+        return ABSENT
+    over = f"over {found['n']:,} positions of {found['rows']:,} rows"
+    points = found["points"]
+    if all(point["identical"] for point in points):
+        return f"identical to the reference's after every layer, {over}"
+    first = next(point for point in points if not point["identical"])
+    if broken := [point for point in points if point["sqnr_db"] is None and not point["identical"]]:
+        return f"not finite, or zero in the reference, {_place(broken[0])}, {over}"
+    known = [point for point in points if point["median_db"] is not None]
+    if not known:
+        return f"first differs {_place(first)}, and at fewer than half of the positions; {over}"
+    worst = min(known, key=lambda point: point["median_db"])
+    text = f"first differs {_place(first)}; median {known[0]['median_db']:.1f} dB {_place(known[0])}, "
+    text += f"lowest {worst['median_db']:.1f} dB {_place(worst)}"
+    falls = [(a["median_db"] - b["median_db"], b) for a, b in itertools.pairwise(known)]
+    if falls and (fall := max(falls, key=lambda pair: pair[0]))[0] > 0:
+        text += f"; worst drop {fall[0]:.1f} dB {_place(fall[1])}"
+    return f"{text}; {over}"
+
+
+def _place(point: Mapping[str, Any]) -> str:
+    return f"after layer {point['layer']}" if point["at"] == "layer" else f"after the {point['at']}"

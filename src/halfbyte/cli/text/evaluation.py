@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from halfbyte.cards.report.words import ABSENT, interval, number
+from halfbyte.cards.report.words import ABSENT, drift, frame_lines, interval, number, untouched
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -14,6 +14,7 @@ def render(record: Mapping[str, Any]) -> str:
     if record["effects"]:
         sections.append(_effects(record["effects"]))
     sections.append([_sizes_line(base) for base in record["bases"]])
+    sections.append([f"{c['id']}: {untouched(c.get('areas'))}" for base in record["bases"] for c in base["candidates"]])
     failed = [test for test in record["self_tests"] if not test["passed"]]
     tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
     margin = record["settings"]["margin"]
@@ -44,7 +45,11 @@ def _protocol(block: Mapping[str, Any]) -> list[str]:
                 said(found),
             )
         )
-    return [*lines, *table(rows)]
+    lines += [*table(rows), *(f"  {line}" for line in frame_lines(block))]
+    return [
+        *lines,
+        *(f"  {c['candidate']}: residual {drift(c.get('residual'))}" for c in block["candidates"] if c.get("residual")),
+    ]
 
 
 def said(found: Mapping[str, Any]) -> str:

@@ -13,12 +13,14 @@ larger than the noise floor's: then nothing is claimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.evaluator.job.scoring import Scored
 from halfbyte.evaluator.job.settings import OF_CHATS, Settings
+from halfbyte.evaluator.job.vectors import Stored
 from halfbyte.evaluator.scoring.divergence import CONFIDENCE_EDGES
 from halfbyte.evaluator.statistics import (
     Cell,
@@ -76,6 +78,51 @@ def figures_of(scored: Scored, settings: Settings) -> dict[str, Any]:
             "margin": settings.margin, "verdict": verdict(e.low, e.high, settings.margin),
         })  # fmt: skip
     return body
+
+
+def frame_of(scored: Scored, settings: Settings) -> dict[str, dict[str, Any]]:
+    """Of tokens that are frame, by candidate: {"n", "figures": mean KLD and top-1 agreement}; {} if nothing is set apart."""
+    if scored.frame is None:
+        return {}
+    cells, _ = _cells_and_figures(scored.frame)
+    names = {"kld mean": "kld", "top-1 agreement": "agrees"}
+    wanted = [mean(f"{key}|{name}", f"{key}|{cell}") for key in scored.candidates for name, cell in names.items()]
+    found = bootstrap_documents(cells, wanted, resamples=settings.resamples, seed=SEED)
+    body = {}
+    for key, stored in scored.frame.candidates.items():
+        mine = without_false_certainty({name: found[f"{key}|{name}"] for name in names}, stored.arrays)
+        body[key] = {"n": len(stored.arrays["kld"]), "figures": [_shown(name, e) for name, e in mine.items()]}
+    return body
+
+
+def residual_of(stored: Stored, own: Stored) -> dict[str, Any] | None:
+    """SQNR of the residual stream by point, pooled and the positions' median (the floor's: the median), for the record; None if it was not measured, or has another shape.
+
+    own  the reference's vectors, which hold the floor's
+    """
+    signal, noise = (stored.arrays.get(f"residual_{name}") for name in ("signal", "noise"))
+    if signal is None or noise is None or not len(signal):
+        return None
+    floor = own.arrays.get("residual_median", ())
+    rows, positions = (int(n) for n in stored.arrays["residual_sample"])
+    last = len(signal) - 1
+    points = [
+        {
+            "at": "embedding" if at == 0 else "final norm" if at == last else "layer",
+            "layer": at - 1 if 0 < at < last else None,
+            "sqnr_db": decibels(signal[at], noise[at]),
+            "identical": bool(noise[at] == 0),
+            "median_db": decibels(1.0, stored.arrays["residual_median"][at]),
+            "floor_db": decibels(1.0, floor[at]) if len(floor) == len(signal) else None,
+        }
+        for at in range(len(signal))
+    ]
+    return {"rows": rows, "n": positions, "points": points}
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if there is none of either, or one is not finite."""
+    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and 0 < noise < math.inf else None
 
 
 def _cells_and_figures(scored: Scored) -> tuple[dict[str, Cell], list[Figure]]:

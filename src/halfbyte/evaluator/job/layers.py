@@ -11,7 +11,6 @@ The catch: error of the weights is a poor guide to error of the answers. It says
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ShapeMismatch
+from halfbyte.evaluator.diagnosis.kept import keep, load_kept
 from halfbyte.evaluator.weights import Weights
 from halfbyte.progress import track
-from halfbyte.records import digest, write_text_atomic
+from halfbyte.records import digest
 
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 _LAYER = re.compile(r"^(.*?\b(?:layers|blocks|h))\.(\d+)\.")
 _SLICE = 1 << 24
 
@@ -39,22 +39,12 @@ def weight_errors(reference: Weights, candidate: Weights, folder: Path) -> dict[
     """
     key = digest({"version": VERSION, "reference": reference.digest, "candidate": candidate.digest})
     path = folder / f"sqnr-{key.partition(':')[2][:16]}.json"
-    stored = _stored(path, key)
+    stored = load_kept(path, key)
     if stored is not None:
         return {**stored, "cached": True}
     body = _grouped(*_compare(reference, candidate))
-    write_text_atomic(path, json.dumps({"key": key, "body": body, "content": digest(body)}) + "\n")
+    keep(path, key, body)
     return {**body, "cached": False}
-
-
-def _stored(path: Path, key: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        body: dict[str, Any] = found["body"]
-        whole = found["key"] == key and found["content"] == digest(body)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return body if whole else None
 
 
 def _compare(reference: Weights, candidate: Weights) -> tuple[dict[str, tuple[float, float]], int, int]:
@@ -66,7 +56,7 @@ def _compare(reference: Weights, candidate: Weights) -> tuple[dict[str, tuple[fl
     with track(f"weights of {candidate.label}", len(names), "tensors") as advance:
         for name in names:
             signal, noise = _sums(name, reference.load(name), candidate.load(name))
-            if noise > 0:
+            if noise != 0:  # NaN is a change too
                 changed[name] = (signal, noise)
             advance(1)
     return changed, len(names) - len(changed), missing

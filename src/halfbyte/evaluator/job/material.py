@@ -1,6 +1,6 @@
 """From data files to the rows of a protocol.
 
-    .jsonl        chats or prompts, one a line (halfbyte.evaluator.texts)
+    .jsonl        chats or prompts, one a line (halfbyte.evaluator.texts); lines with an image: halfbyte.evaluator.vision
     anything else a text; WikiText's raw form is cut into its articles, any other file is one document
 
 Without a file, a few prompts and passages of our own are used, so that a first evaluation needs nothing but a model. They are
@@ -20,9 +20,11 @@ from typing import Any
 from halfbyte.errors import UsageError
 from halfbyte.evaluator import protocols, texts
 from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
+from halfbyte.evaluator.protocols import IMAGE
 from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.texts import Chat, Document
 from halfbyte.evaluator.traces import write_answers
+from halfbyte.evaluator.vision.prompts import PicturePrompt, has_other_lines, read_picture_prompts
 from halfbyte.evaluator.weights import Weights
 from halfbyte.format.shards import hash_file
 
@@ -34,7 +36,8 @@ class Material:
     """What is scored, before any tokenizer has seen it.
 
     paragraphs  of WikiText files, for ppl[raw,wikitext-80]
-    files       {"name", "sha256", "bytes"} of chats and of texts
+    pictures    questions about images: none is built in
+    files       {"name", "sha256", "bytes"} of chats, of texts, of questions about images
     given_text  a text file was named (and not the built-in passages taken)
     """
 
@@ -44,16 +47,22 @@ class Material:
     chat_files: Sequence[dict[str, Any]]
     text_files: Sequence[dict[str, Any]]
     given_text: bool
+    pictures: Sequence[PicturePrompt] = ()
+    picture_files: Sequence[dict[str, Any]] = ()
 
     def files_of(self, protocol: str) -> Sequence[dict[str, Any]]:
+        if protocol == IMAGE:
+            return self.picture_files
         return self.chat_files if protocol in OF_CHATS else self.text_files
 
 
 def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
     """Chats and documents of all files, what is missing from the built-in ones; raises SourceError, UsageError."""
     paths = [Path(path) for path in data]
-    chat_paths = [path for path in paths if path.suffix.lower() == ".jsonl"]
-    text_paths = [path for path in paths if path not in chat_paths]
+    lined = [path for path in paths if path.suffix.lower() == ".jsonl"]
+    text_paths = [path for path in paths if path not in lined]
+    shown = [(path, read) for path in lined if (read := read_picture_prompts(path))]
+    chat_paths = [path for path in lined if has_other_lines(path)]
     chats = _named([(path, texts.read_chats(path)) for path in chat_paths])
     documents = _named([(path, texts.read_documents(path)) for path in text_paths])
     paragraphs = [p for path in text_paths for p in texts.read_paragraphs(path)]
@@ -65,7 +74,10 @@ def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
     if not documents:
         with resources.as_file(room / PASSAGES) as path:
             documents, text_files = _passages(path), [_about(path, "built-in passages")]
-    return Material(chats[:limit], documents[:limit], paragraphs, chat_files, text_files, bool(text_paths))
+    return Material(
+        chats[:limit], documents[:limit], paragraphs, chat_files, text_files, bool(text_paths),
+        _named(shown)[:limit], [_about(path) for path, _ in shown],
+    )  # fmt: skip
 
 
 def rows_of(
@@ -75,9 +87,11 @@ def rows_of(
 
     place  folder of the traces, device, dtype
     """
+    cache, device, dtype = place
+    if protocol == IMAGE:
+        return _picture_rows(reference, material, settings, place)
     tokenizer = protocols.load_tokenizer(reference)
     if protocol == ON_POLICY:
-        cache, device, dtype = place
         if not protocols.is_instruct(tokenizer):
             protocols.on_policy_answers(tokenizer, [], [], facts={})  # raises, in its own words
         answers, facts = write_answers(
@@ -96,6 +110,30 @@ def rows_of(
     if protocol == RAW:
         return protocols.raw_text(tokenizer, material.documents, window=settings.window, windows=settings.windows)
     return protocols.wikitext_80(tokenizer, material.paragraphs)
+
+
+def check_pictures(reference: Weights, chosen: Sequence[str], material: Material) -> None:
+    """Before a weight is read: raises UsageError if pictures are asked for and none is given, or the model takes none."""
+    from halfbyte.evaluator.vision.rows import load_processor
+
+    if IMAGE not in chosen:
+        return
+    if not material.pictures:
+        raise UsageError("no picture was given", where=IMAGE, todo='give --data with "image" in its lines')
+    load_processor(reference)
+
+
+def _picture_rows(reference: Weights, material: Material, settings: Settings, place: tuple[Path, str, str]) -> Rows:
+    from halfbyte.evaluator.vision.answers import write_picture_answers
+    from halfbyte.evaluator.vision.rows import load_processor, look, picture_rows
+
+    cache, device, dtype = place
+    processor = load_processor(reference)
+    seen = look(processor, material.pictures)
+    answers, facts = write_picture_answers(
+        reference, processor, seen, cache, max_new_tokens=settings.max_new_tokens, device=device, dtype=dtype
+    )
+    return picture_rows(processor, seen, answers, facts)
 
 
 def _named(read: Sequence[tuple[Path, Sequence[Any]]]) -> list[Any]:

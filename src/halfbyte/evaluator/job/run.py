@@ -17,11 +17,12 @@ from typing import Any
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError
 from halfbyte.evaluator import protocols
+from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.bases import Base, open_bases
 from halfbyte.evaluator.job.effects import effects_of
-from halfbyte.evaluator.job.figures import figures_of, worst_tokens
+from halfbyte.evaluator.job.figures import figures_of, frame_of, residual_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
-from halfbyte.evaluator.job.material import Material, gather_material, rows_of
+from halfbyte.evaluator.job.material import Material, check_pictures, gather_material, rows_of
 from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, device_name, score_base
 from halfbyte.evaluator.job.settings import Settings, check_pack_options, choose_protocols, command_of, settings_of
 from halfbyte.evaluator.job.sizes import parameters_of, size_of
@@ -131,9 +132,15 @@ class _Job:
         self.tokenizers = {each.name: _tokenizer(each) for each in bases}
         self.names = {
             each.name: check_protocol(each.reference, settings.protocol) if isinstance(each.reference, PackedReference)
-            else choose_protocols(settings.protocol, instruct=self._instruct(each), has_text=material.given_text)
+            else choose_protocols(
+                settings.protocol, instruct=self._instruct(each), has_text=material.given_text,
+                has_pictures=bool(material.pictures),
+            )
             for each in bases
         }  # fmt: skip
+        for each in bases:
+            if not isinstance(each.reference, PackedReference):
+                check_pictures(each.reference, self.names[each.name], material)
         if settings.write_reference is not None:
             check_writing(Path(settings.write_reference), packs, [n for names in self.names.values() for n in names])
 
@@ -158,13 +165,15 @@ class _Job:
     def _score(self, each: Base, name: str) -> Scored:
         settings, place = self.settings, (self.out / "traces", self.machine.device, self.machine.dtype)
         if isinstance(each.reference, PackedReference):
-            return score_base(each, each.reference.kept.rows, self.machine, floor=settings.floor)
+            return score_base(
+                each, each.reference.kept.rows, self.machine, floor=settings.floor, layers=settings.layers
+            )
         rows = rows_of(name, each.reference, self.material, settings, place)
         keep = None
         if settings.write_reference is not None:
             path, data = Path(settings.write_reference), self.material.files_of(name)
             keep = partial(write_reference_pack, path, data, head=settings.pack_head)
-        return score_base(each, rows, self.machine, floor=settings.floor, keep=keep)
+        return score_base(each, rows, self.machine, floor=settings.floor, layers=settings.layers, keep=keep)
 
     def _base(self, each: Base) -> dict[str, Any]:
         parameters = parameters_of(each.reference)
@@ -183,6 +192,7 @@ class _Job:
                     "size": size_of(entry.weights, parameters),
                     "weights": weight_errors(each.reference, entry.weights, self.out / "vectors")
                     if self.settings.layers and packed is None else None,
+                    "areas": untouched_areas(each.reference, entry.weights, self.out / "vectors") if packed is None else None,
                 }
                 for entry in each.candidates
             ],
@@ -191,6 +201,7 @@ class _Job:
     def _block(self, scored: Scored) -> dict[str, Any]:
         """One protocol of one base."""
         found, rows, own = figures_of(scored, self.settings), scored.rows, scored.reference
+        frame = frame_of(scored, self.settings)
         tokenizer, reference = self.tokenizers[scored.base.name], scored.base.reference
         packed = reference if isinstance(reference, PackedReference) else None
         return {
@@ -199,7 +210,7 @@ class _Job:
             "base": scored.base.name,
             "out_of_frame": bool(rows.facts.get("out_of_frame", False)),
             "data": packed.data if packed else list(self.material.files_of(rows.protocol)),
-            "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
+            "rows": {"digest": rows.digest, "rows": len(rows.tokens), "n": len(own.arrays["nll"]), "documents": len(own.arrays["documents"]), "facts": rows.facts},
             "vectors": {"file": f"vectors/{own.path.name}", "cached": own.cached, "seconds": own.about["seconds"]},
             "measured_on": {key: own.about[key] for key in ("device_name", "streamed", "versions")},
             "self_kld": own.about["self_kld"],
@@ -211,6 +222,8 @@ class _Job:
                     "candidate": key,
                     "vectors": {"file": f"vectors/{stored.path.name}", "cached": stored.cached, "seconds": stored.about["seconds"]},
                     **found["candidates"][key],
+                    "frame": frame.get(key),
+                    "residual": residual_of(stored, own) if self.settings.layers else None,
                     "worst": worst_tokens(scored, key, tokenizer),
                 }
                 for key, stored in scored.candidates.items()

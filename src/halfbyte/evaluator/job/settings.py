@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evaluator.protocols import VERSIONS
+from halfbyte.evaluator.protocols import IMAGE, VERSIONS
 from halfbyte.evaluator.scoring.model import DTYPES
 
-ON_POLICY, GIVEN, FRAME, RAW, WIKITEXT = VERSIONS
-#: protocols over chats; the others are over texts
-OF_CHATS = (ON_POLICY, GIVEN)
+ON_POLICY, GIVEN, FRAME, RAW, WIKITEXT, _ = VERSIONS
+#: protocols over answers, in chats or about pictures; the others are over texts
+OF_CHATS = (ON_POLICY, GIVEN, IMAGE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     """By the names of the command line.
 
     protocol        names of halfbyte.evaluator.protocols; empty: those that mean something for the model
-    limit           the first so many chats, and the first so many documents; None: all
+    limit           the first so many chats, documents and pictures; None: all
     window          text tokens a row (ppl protocols; ppl[raw,wikitext-80] has its own, 1024)
     windows         the first so many rows of a document (ppl[assistant-frame], ppl[raw]); None: all. Documents bound a figure,
                     not tokens: where time is short, one window of forty texts says more than forty of one
@@ -35,7 +35,7 @@ class Settings:
     margin          nats: a mean KLD, or a difference of NLL, whose interval lies within it is a tie
     resamples       of the bootstrap over documents
     floor           also measure the noise floor
-    layers          also measure the error of every weight tensor
+    layers          also measure the error of every weight tensor, and of the residual stream after every layer
     write_reference a file for a reference pack (halfbyte.evaluator.packed): the reference under the one protocol that is run
     pack_head       put the output embedding into that pack too: for candidates whose own differs
     """
@@ -101,15 +101,16 @@ def check_pack_options(settings: Settings, data: Sequence[str | Path]) -> None:
         raise UsageError("a reference pack brings its own rows", where=option, todo="leave the option out")
 
 
-def choose_protocols(requested: Sequence[str], *, instruct: bool, has_text: bool) -> tuple[str, ...]:
+def choose_protocols(
+    requested: Sequence[str], *, instruct: bool, has_text: bool, has_pictures: bool = False
+) -> tuple[str, ...]:
     """What was asked for, or what means something: KLD on own answers for a model with turns (and the text inside its
-    own turn, if a text was given), raw perplexity for one without.
+    own turn, if a text was given; and answers about pictures, if some were), raw perplexity for one without.
     """
     if requested:
         return tuple(dict.fromkeys(requested))
-    if not instruct:
-        return (RAW,)
-    return (ON_POLICY, FRAME) if has_text else (ON_POLICY,)
+    found = [*((ON_POLICY, FRAME) if has_text else (ON_POLICY,))] if instruct else [RAW]
+    return (*found, IMAGE) if has_pictures else tuple(found)
 
 
 def command_of(positional: Sequence[str], options: dict[str, Sequence[str]], settings: Settings) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.settings import OF_CHATS
+from halfbyte.evaluator.protocols import IMAGE
 from halfbyte.evaluator.weights import Nf4Weights
 from halfbyte.records import digest, read_record, write_record
 
@@ -83,7 +84,11 @@ def _results(block: Mapping[str, Any], candidate: str) -> list[dict[str, Any]]:
     headline = HEADLINES[block["protocol"] in OF_CHATS]
     dataset = {
         "name": ", ".join(file["name"] for file in block["data"]),
-        "type": "text-generation" if block["protocol"] in OF_CHATS else "text",
+        "type": "image-text-to-text"
+        if block["protocol"] == IMAGE
+        else "text-generation"
+        if block["protocol"] in OF_CHATS
+        else "text",
         "sha256": block["rows"]["digest"].partition(":")[2],
     }
     stress = " (out of frame)" if block["out_of_frame"] else ""

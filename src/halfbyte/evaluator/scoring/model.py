@@ -33,6 +33,7 @@ from halfbyte.errors import PlanError, UsageError
 from halfbyte.evaluator.rows import Batch
 from halfbyte.evaluator.scoring.head import Head, compare_head, make_head
 from halfbyte.evaluator.scoring.places import Places
+from halfbyte.evaluator.scoring.residuals import Tap, tapping
 from halfbyte.evaluator.weights import Weights
 from halfbyte.recipe.skeleton import Skeleton, build_skeleton
 
@@ -62,17 +63,27 @@ class HiddenStates(Protocol):
 
 
 class WholeModel:
-    """Decoder and head on one device, all at once. Implements HiddenStates; `model` is the transformers module (towers empty).
+    """Decoder and head on one device, all at once. Implements HiddenStates; `model` is the transformers module.
 
+    towers  loaded too; else they stay empty
+    tap     told the residual stream of every pass while it is set
     raises SourceError (a tensor is missing or has another shape), PlanError (transformers cannot build it, or its
     loader would merge tensors), UsageError (dtype, attention)
     """
 
-    def __init__(self, weights: Weights, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa") -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        device: str = "cpu",
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        *,
+        towers: bool = False,
+    ) -> None:
         self.device, self.label = device, weights.label
         skeleton = build_skeleton(weights.config)
         self.model = build_module(skeleton, dtype, attention)
-        places = Places(weights, skeleton, self.model)
+        places = Places(weights, skeleton, self.model, towers=towers)
         state = {key: places.load(key, device) for key in places.keys}
         state |= {key: state[of] for key, of in places.tied.items()}
         self.model.load_state_dict(state, strict=False, assign=True)
@@ -80,17 +91,29 @@ class WholeModel:
         self.model.requires_grad_(False).eval()
         self.decoder = self.model.get_decoder()
         self.head = head_of(self.model)
+        self.tap: Tap | None = None
 
     def hidden_states(self, batches: Sequence[Batch], noise_seed: int | None = None) -> Iterator[torch.Tensor]:
         import torch
 
         with torch.inference_mode(), exact_float32():
+            layers = decoder_layers(self.decoder) if self.tap is not None else ()
             for number, batch in enumerate(batches):
-                ids = torch.from_numpy(batch.tokens).to(self.device)
-                with residual_noise(self.decoder, noise_seed, number):
-                    # padding is on the right and attention is causal: no position that counts can see it
-                    states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+                # hooks run in the order they were set: the tap sees what the noise has made of a layer's output
+                with residual_noise(self.decoder, noise_seed, number), tapping(layers, self.tap, number, noise_seed):
+                    states = self.run(batch)
+                if self.tap is not None:
+                    self.tap.note(len(layers) + 1, number, noise_seed, states)
                 yield take_scored(batch, states)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """The final norm's output [rows, length, hidden] for a batch."""
+        import torch
+
+        ids = torch.from_numpy(batch.tokens).to(self.device)
+        # padding is on the right and attention is causal: no position that counts can see it
+        states: torch.Tensor = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return states
 
     def check_head(self, tokens: Sequence[int]) -> None:
         """Raises PlanError unless `head` gives the model's own logits on `tokens` (a few are enough)."""

@@ -32,10 +32,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, UsageError
 from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring.head import Head
 from halfbyte.evaluator.scoring.scorer import Candidate, KeptReference, Reference, in_row_order
+from halfbyte.evaluator.vision.rows import PictureRows
 from halfbyte.records import current_umask, digest
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def write_pack(path: Path, kept: KeptReference, *, head: bool = False) -> dict[s
 
     head  store the head too (31B: 2.6 GiB): needed only for candidates whose head differs from the reference's
     """
+    if isinstance(kept.rows, PictureRows):
+        raise UsageError("packs hold no pixels", where=kept.rows.protocol, todo="write packs of text protocols")
     assert kept.head is not None, "a pack is written from a reference that has its head"
     tensors = _tensors_of(kept, head)
     about = json.dumps(_about(kept, tensors), ensure_ascii=False)

@@ -22,14 +22,15 @@ _TEXT = ("decoder", "embeddings", "head", "other")
 class Places:
     """The tensors that the text decoder and the head of one model need.
 
-    keys   state-dict keys with a tensor of their own, in the model's order
-    tied   key -> the key in `keys` whose tensor it shares
-    raises SourceError (missing, another shape), PlanError (transformers would merge or split a tensor while loading)
+    towers  all else's too
+    keys    state-dict keys with a tensor of their own, in the model's order
+    tied    key -> the key in `keys` whose tensor it shares
+    raises  SourceError (missing, another shape), PlanError (transformers would merge or split a tensor while loading)
     """
 
-    def __init__(self, weights: Weights, skeleton: Skeleton, model: Any) -> None:
+    def __init__(self, weights: Weights, skeleton: Skeleton, model: Any, *, towers: bool = False) -> None:
         areas = Areas(skeleton)
-        wanted = {key for key in skeleton.tensors if areas.area_of(key.rpartition(".")[0]) in _TEXT}
+        wanted = {key for key in skeleton.tensors if towers or areas.area_of(key.rpartition(".")[0]) in _TEXT}
         self.weights = weights
         self._kinds = model.state_dict()
         self._names: dict[str, str] = {}

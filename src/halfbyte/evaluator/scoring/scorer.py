@@ -22,12 +22,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from halfbyte.device import check_device
-from halfbyte.errors import ShapeMismatch, SourceError
+from halfbyte.errors import PlanError, ShapeMismatch, SourceError
 from halfbyte.evaluator.rows import Batch, Rows
 from halfbyte.evaluator.scoring.divergence import Prediction, delta_p, kl_divergence, predict
 from halfbyte.evaluator.scoring.head import Head
 from halfbyte.evaluator.scoring.model import HiddenStates, WholeModel, exact_float32
+from halfbyte.evaluator.scoring.residuals import KeptResiduals, ResidualErrors, Sample, Tapped, shape_of
 from halfbyte.evaluator.scoring.streaming import Pass, Prepares, StreamedModel, must_stream
+from halfbyte.evaluator.vision.model import SeeingModel
+from halfbyte.evaluator.vision.rows import PictureRows
 from halfbyte.evaluator.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import versions
@@ -50,6 +53,7 @@ class Candidate:
     nll       float64, nats, of the label
     agrees    bool: same token on top as the reference
     delta_p   float64: probability of the label, candidate minus reference
+    residual  `ResidualErrors.arrays`, None if not asked for; empty if its stream has another shape than the reference's
     """
 
     label: str
@@ -58,6 +62,7 @@ class Candidate:
     nll: np.ndarray
     agrees: np.ndarray
     delta_p: np.ndarray
+    residual: dict[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +106,7 @@ class KeptReference:
     head         None: not kept; a candidate's own stands in if its digest is `head_digest`
     head_digest  None: not computed (there is a head)
     facts        of the run that made it: device, device_name, dtype, attention, batch, streamed, versions
+    residuals    its residual stream at a sample of positions, None if not asked for
     """
 
     rows: Rows
@@ -112,6 +118,7 @@ class KeptReference:
     floor: Candidate | None
     self_kld: float
     facts: dict[str, Any]
+    residuals: KeptResiduals | None = None
 
 
 class How(TypedDict, total=False):
@@ -122,12 +129,14 @@ class How(TypedDict, total=False):
     batch      rows at a time (8); it changes kernels' rounding, for all models alike
     floor      also run the reference with noise (True)
     streaming  `auto`: layer by layer if the whole would take more than half of the free memory; True, False
+    layers     also compare the residual stream after every layer (False)
     """
 
     device: str
     dtype: str
     batch: int
     floor: bool
+    layers: bool
     streaming: bool | Literal["auto"]
 
 
@@ -145,8 +154,9 @@ def keep_reference(reference: Weights, rows: Rows, **how: Unpack[How]) -> KeptRe
     device, dtype, batch = how.get("device", "cpu"), how.get("dtype", "float32"), how.get("batch", 8)
     check_device(device)
     streaming = how.get("streaming", "auto")
-    streamed = must_stream(reference, device, dtype) if streaming == "auto" else streaming
-    kept = Run(_opener(rows, device, dtype, streamed), rows, batch).keep(reference, floor=how.get("floor", True))
+    streamed = _streams(reference, rows, (device, dtype), streaming)
+    run = Run(_opener(rows, device, dtype, streamed), rows, batch)
+    kept = run.keep(reference, floor=how.get("floor", True), layers=how.get("layers", False))
     kept.facts.update(
         device=device, device_name=_device_name(device), dtype=dtype, attention="sdpa", batch=batch, streamed=streamed
     )
@@ -170,7 +180,7 @@ def score_against(
     here = kept if kept.head is None else replace(kept, head=kept.head.to(device))
     found = []
     for weights in candidates:
-        streamed = must_stream(weights, device, dtype) if streaming == "auto" else streaming
+        streamed = _streams(weights, kept.rows, (device, dtype), streaming)
         found.append(Run(_opener(kept.rows, device, dtype, streamed), kept.rows, kept.batch).candidate(here, weights))
     scores = Run(_opener(kept.rows, device, dtype, False), kept.rows, kept.batch).scores(kept, found)
     scores.facts.update(device=device, device_name=_device_name(device), versions=versions())
@@ -179,10 +189,25 @@ def score_against(
     return scores
 
 
+def _streams(weights: Weights, rows: Rows, where: tuple[str, str], streaming: bool | Literal["auto"]) -> bool:
+    """Whether to go layer by layer; raises PlanError where pictures would have to (a whole model that does not fit says so)."""
+    if isinstance(rows, PictureRows):
+        if streaming is True:
+            raise PlanError(
+                "rows with pictures cannot be scored layer by layer", where=rows.protocol, todo="score it whole"
+            )
+        return False
+    return must_stream(weights, *where) if streaming == "auto" else streaming
+
+
 def _opener(rows: Rows, device: str, dtype: str, streamed: bool) -> OpenModel:
     def open_model(weights: Weights) -> HiddenStates:
         if streamed:
             return StreamedModel(weights, device, dtype)
+        if isinstance(rows, PictureRows):
+            seeing = SeeingModel(weights, device, dtype)
+            seeing.check_head([int(t) for t in rows.tokens[0] if int(t) not in rows.frame_ids][:8])  # words alone
+            return seeing
         model = WholeModel(weights, device, dtype)
         model.check_head(rows.tokens[0][:8].tolist())
         return model
@@ -203,11 +228,12 @@ class Run:
         kept = self.keep(reference, floor=floor)
         return self.scores(kept, [self.candidate(kept, weights) for weights in candidates])
 
-    def keep(self, reference: Weights, *, floor: bool) -> KeptReference:
-        """Hidden states of all rows, the self-test, the reference's own vectors, and the floor."""
+    def keep(self, reference: Weights, *, floor: bool, layers: bool = False) -> KeptReference:
+        """Hidden states of all rows, the self-test, the reference's own vectors, the floor, and a sample of the residuals."""
         model = self.open_model(reference)
         try:
             first = self.batches[:1]
+            residuals = self._tap(model) if layers and isinstance(model, Tapped) else None
             _prepare(model, [(self.batches, None), (first, None), *([(self.batches, FLOOR_SEED)] if floor else [])])
             states = [states.cpu() for states in self._states(model, f"reference {reference.label}")]
             again = next(iter(model.hidden_states(first)))
@@ -218,7 +244,9 @@ class Run:
             if floor:
                 noisy = self._candidate(model, states, model.head, ("floor", reference.digest), FLOOR_SEED)
             facts = {"versions": versions()}
-            return KeptReference(self.rows, self.batch, states, model.head, None, own, noisy, self_kld, facts)
+            return KeptReference(
+                self.rows, self.batch, states, model.head, None, own, noisy, self_kld, facts, residuals
+            )
         finally:
             model.close()
 
@@ -226,6 +254,9 @@ class Run:
         """Vectors of one candidate against `kept`, whose rows and batch are this run's."""
         model = self.open_model(weights)
         try:
+            errors = None if kept.residuals is None else ResidualErrors(kept.residuals)
+            if errors is not None and isinstance(model, Tapped) and shape_of(model) == errors.kept.shape:
+                model.tap = errors
             _prepare(model, [(self.batches, None)])
             head = kept.head
             if head is None:
@@ -236,7 +267,8 @@ class Run:
                         where=weights.label,
                         todo="write the pack with its head",
                     )
-            return self._candidate(model, kept.states, head, (weights.label, weights.digest), None)
+            found = self._candidate(model, kept.states, head, (weights.label, weights.digest), None)
+            return found if errors is None else replace(found, residual=errors.arrays())
         finally:
             model.close()
 
@@ -251,6 +283,12 @@ class Run:
         return Scores(
             self.row, self.position, self.label, documents, kept.own, candidates, kept.floor, kept.self_kld, facts
         )
+
+    def _tap(self, model: Tapped) -> KeptResiduals:
+        shape = shape_of(model)
+        itemsize = next(iter(model.decoder.parameters())).element_size()
+        model.tap = found = KeptResiduals(Sample(self.rows, self.batch, shape, itemsize), shape)
+        return found
 
     def _states(self, model: HiddenStates, title: str, noise_seed: int | None = None) -> Iterator[torch.Tensor]:
         with track(title, len(self.label), "tokens") as advance:
@@ -277,8 +315,10 @@ class Run:
             for batch, mine, states in zip(self.batches, kept, self._states(model, name[0], seed), strict=True)
             for part in _compare_batch(batch, mine, states, head, model.head)
         ]
-        vectors = [self._sorted([getattr(c, key) for c in compared]) for key in ("kld", "nll", "agrees", "delta_p")]
-        return Candidate(*name, *vectors)
+        kld, nll, agrees, delta = (
+            self._sorted([getattr(c, key) for c in compared]) for key in ("kld", "nll", "agrees", "delta_p")
+        )
+        return Candidate(*name, kld, nll, agrees, delta)
 
     def _sorted(self, pieces: Sequence[torch.Tensor]) -> np.ndarray:
         import torch

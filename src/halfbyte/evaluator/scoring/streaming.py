@@ -39,6 +39,7 @@ from halfbyte.evaluator.scoring.model import (
 )
 from halfbyte.evaluator.scoring.places import Places
 from halfbyte.evaluator.scoring.recording import Call, final_norm, passing_through, record_calls
+from halfbyte.evaluator.scoring.residuals import Tap
 from halfbyte.evaluator.weights import Weights
 from halfbyte.progress import track
 from halfbyte.recipe.skeleton import build_skeleton
@@ -104,6 +105,7 @@ class StreamedModel:
         head = paths[id(self.model.get_output_embeddings())]
         self._head_weight, self._head_bias = (self.places.holder(f"{head}.{name}") for name in ("weight", "bias"))
         self._head: Head | None = None
+        self.tap: Tap | None = None
         self._ready: dict[tuple[int | None, ...], list[_Done]] = {}
         self._load_rest()
 
@@ -159,12 +161,21 @@ class StreamedModel:
                     states, calls = record_calls(self.decoder, self.layers, ids)
                     sent: dict[int, torch.Tensor] = {}  # lives as long as `calls`: ids stay true
                     item.states, item.calls = states.to(home), [call.to(home, sent) for call in calls]
+                    self._tell(item, 0, states)
             for number, layer in enumerate(self.layers):
                 with self._materialised(number, advance):
                     for item in work:
                         self._step(item, layer, number, home)
-            norm = final_norm(self.decoder)
-            return [take_scored(item.batch, norm(item.states.to(self.device))).cpu() for item in work]
+            return [self._finish(item) for item in work]
+
+    def _finish(self, item: _Work) -> torch.Tensor:
+        states = final_norm(self.decoder)(item.states.to(self.device))
+        self._tell(item, len(self.layers) + 1, states)
+        return take_scored(item.batch, states).cpu()
+
+    def _tell(self, item: _Work, point: int, states: torch.Tensor) -> None:
+        if self.tap is not None:
+            self.tap.note(point, item.number, item.seed, states)
 
     def _step(self, item: _Work, layer: Any, number: int, home: str) -> None:
         recorded = item.calls[number]
@@ -175,6 +186,7 @@ class StreamedModel:
             states = states[0]
         if item.seed is not None:
             states = disturb(states, item.seed, item.number, number)
+        self._tell(item, number + 1, states)
         item.states, item.calls[number] = states.to(home), None
 
     @contextmanager

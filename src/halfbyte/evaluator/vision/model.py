@@ -1,0 +1,78 @@
+"""A whole image-text model as the scorer wants it: hidden states of the decoder, with the picture in front of it.
+
+The text scorer runs the decoder alone. Here the model's own forward runs, towers and all, so that nothing about how a
+picture enters the residual is written down here (where soft tokens go, which of them see each other, deep features). What
+leaves the decoder behind its final norm is caught by a hook; head and figures are those of the text protocols.
+
+The catch: whole only. Layer streaming replays the decoder's calls from token ids, and pixels are not among them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import PlanError
+from halfbyte.evaluator.rows import Batch
+from halfbyte.evaluator.scoring.model import WholeModel, build_module
+from halfbyte.evaluator.scoring.places import Places
+from halfbyte.evaluator.scoring.streaming import available_bytes
+from halfbyte.evaluator.vision.rows import PictureBatch
+from halfbyte.evaluator.weights import Weights
+from halfbyte.recipe.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+#: a model must leave a tenth of the free memory to its activations
+ROOM = 1.1
+
+
+class SeeingModel(WholeModel):
+    """Decoder, head and towers on one device. Implements HiddenStates for batches of PictureRows.
+
+    raises as WholeModel; PlanError also if it does not fit
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa") -> None:
+        check_fits(weights, device, dtype)
+        super().__init__(weights, device, dtype, attention, towers=True)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        import torch
+
+        assert isinstance(batch, PictureBatch), "rows without pictures are scored by the text scorer"
+        caught: list[Any] = []
+        hook = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output))
+        try:
+            ids = torch.from_numpy(batch.tokens).to(self.device)
+            self.model.base_model(input_ids=ids, use_cache=False, **self.arguments(batch.inputs))
+        finally:
+            hook.remove()
+        if len(caught) != 1:
+            raise PlanError("runs its decoder other than once", where=type(self.model).__name__, todo="report it")
+        found: torch.Tensor = caught[0].last_hidden_state
+        return found
+
+    def arguments(self, inputs: Any) -> dict[str, torch.Tensor]:
+        """Arrays as tensors on the device, floats in the compute dtype."""
+        import torch
+
+        dtype = self.decoder.get_input_embeddings().weight.dtype
+        found = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return {
+            name: tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in found.items()
+        }
+
+
+def check_fits(weights: Weights, device: str, dtype: str) -> None:
+    """Raises PlanError unless decoder, head and towers in `dtype` fit into the free memory of `device`."""
+    skeleton = build_skeleton(weights.config)
+    places = Places(weights, skeleton, build_module(skeleton, dtype, "sdpa"), towers=True)
+    needed, free = ROOM * sum(places.nbytes(key) for key in places.keys), available_bytes(device)
+    if needed > free:
+        raise PlanError(
+            f"rows with pictures are scored with the whole model in memory: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            where=weights.label,
+            todo="use a larger device, --dtype bfloat16, or name the other protocols with --protocol",
+        )
