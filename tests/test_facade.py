@@ -58,7 +58,9 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
         defaults = asdict(Training())
         assert {n: options.pop(n) for n in TRAINING_OPTIONS} == defaults
     if name == "evaluate":
-        options = {n: default or () if n in ("base", "data", "protocol") else default for n, default in options.items()}
+        options = {
+            n: default or () if n in ("base", "data", "protocol", "task") else default for n, default in options.items()
+        }
         assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
     if name == "generate":
         assert set(options) - set(parameters) == set(GENERATION_OPTIONS)

@@ -34,7 +34,7 @@ def write_answers(
     cache  folder of traces; the file's name is the digest of what the answers depend on
     """
     tokenizer = load_tokenizer(weights)
-    stop = _stop_ids(weights, tokenizer)
+    stop = stop_ids(weights, tokenizer)
     prompts = [prompt_ids(tokenizer, chat.messages) for chat in chats]
     key = {
         "format": FORMAT, "weights": weights.digest, "tokenizer": tokenizer_facts(tokenizer), "prompts": prompts,
@@ -72,7 +72,7 @@ def _stored(path: Path, key: str) -> list[list[int]] | None:
     return answers if body.get("key") == key else None
 
 
-def _stop_ids(weights: Weights, tokenizer: Any) -> list[int]:
+def stop_ids(weights: Weights, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: generation_config.json's, config.json's and the tokenizer's (Gemma ends turns with <turn|>)."""
     found: set[int] = set()
     path = weights.companions_folder() / "generation_config.json"

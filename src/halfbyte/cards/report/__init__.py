@@ -1,6 +1,7 @@
 """An evaluate record and its vectors -> one HTML page that can be opened, sent and printed; and a section for a model card.
 
     page      record -> values of the template, escaped by jinja2 (autoescape: strings of strangers stay text)
+    tasks     right answers, flips and verdicts of the tasks
     plots     vectors -> inline SVG in the page's own colours
     words     numbers and verdicts as text
     section   the same figures as Markdown

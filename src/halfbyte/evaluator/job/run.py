@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from halfbyte.device import check_device
 from halfbyte.errors import OutputError
 from halfbyte.evaluator import protocols
 from halfbyte.evaluator.job.bases import Base, open_bases
-from halfbyte.evaluator.job.effects import effects_of
+from halfbyte.evaluator.job.effects import effects_of, pairs_of
 from halfbyte.evaluator.job.figures import figures_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
 from halfbyte.evaluator.job.material import Material, gather_material, rows_of
@@ -25,11 +25,15 @@ from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, dev
 from halfbyte.evaluator.job.settings import Settings, choose_protocols, command_of, settings_of
 from halfbyte.evaluator.job.sizes import parameters_of, size_of
 from halfbyte.evaluator.job.writing import NAME, own_checkpoint, write_card_records
+from halfbyte.evaluator.tasks.asking import Place
+from halfbyte.evaluator.tasks.measuring import measure_tasks, refuse_blind
+from halfbyte.evaluator.tasks.opening import open_tasks
+from halfbyte.evaluator.tasks.task import Task
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.records import read_record, write_record
 
 #: changes when a reader of the record would have to
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 def evaluate(
@@ -49,7 +53,7 @@ def evaluate(
                 it belongs to that one
     base        "NAME=REF": a further reference (halfbyte.evaluator.job.bases)
     data        .jsonl files of prompts or chats, other files as texts; without: a few built-in ones
-    out         folder of the record, the vectors and the reference's answers
+    out         folder of the record, the vectors, the reference's answers, and all models' answers to tasks
     device      `auto` (a GPU if there is one), `cpu`, `cuda[:N]`
     options     any field of `Settings`, by the names of the command line
 
@@ -65,13 +69,20 @@ def evaluate(
     device = _device(device)
     specs = [candidates] if isinstance(candidates, str | Path) else candidates
     files = [data] if isinstance(data, str | Path) else data
+    tasks = open_tasks(
+        settings.task,
+        allow_code=settings.allow_code,
+        limit=settings.task_limit,
+        max_new_tokens=settings.task_max_new_tokens,
+    )
     material = gather_material(files, settings.limit)
     with ExitStack() as stack:
         pairs = [base] if isinstance(base, str) else base
         bases = open_bases(str(reference), [str(spec) for spec in specs], pairs, stack)
         for entry in (entry for each in bases for entry in each.candidates):
             own_checkpoint(entry)
-        job = _Job(bases, material, settings, device, Path(out))
+        refuse_blind(bases, tasks)
+        job = _Job(bases, Work(material, tasks), settings, device, Path(out))
         body = job.body()
         named = {"base": pairs, "data": [str(path) for path in files], "device": [device], "out": [str(out)]}
         body["command"] = command_of([str(reference), *(str(spec) for spec in specs)], named, settings)
@@ -96,11 +107,19 @@ def _device(device: str) -> str:
     return chosen
 
 
+@dataclass(frozen=True)
+class Work:
+    """What models are measured on: material of the protocols, and tasks."""
+
+    material: Material
+    tasks: Sequence[Task]
+
+
 class _Job:
     """What the parts of the record are made of."""
 
-    def __init__(self, bases: list[Base], material: Material, settings: Settings, device: str, out: Path) -> None:
-        self.bases, self.material, self.settings, self.out = bases, material, settings, out
+    def __init__(self, bases: list[Base], work: Work, settings: Settings, device: str, out: Path) -> None:
+        self.bases, self.material, self.tasks, self.settings, self.out = bases, work.material, work.tasks, settings, out
         dtype = settings.dtype
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
@@ -110,7 +129,7 @@ class _Job:
             each.name: choose_protocols(
                 settings.protocol,
                 instruct=protocols.is_instruct(self.tokenizers[each.name]),
-                has_text=material.given_text,
+                has_text=self.material.given_text,
             )
             for each in bases
         }
@@ -118,6 +137,8 @@ class _Job:
     def body(self) -> dict[str, Any]:
         scored = [self._score(each, name) for each in self.bases for name in self.names[each.name]]
         blocks = [self._block(each) for each in scored]
+        place = Place(self.out / "answers", self.machine.device, self.machine.dtype, self.machine.batch)
+        asked = measure_tasks(self.bases, self.tasks, place, self.settings, pairs_of, self.tokenizers)
         return {
             "record_version": RECORD_VERSION,
             "metrics_version": METRICS_VERSION,
@@ -125,6 +146,7 @@ class _Job:
             "bases": [self._base(each) for each in self.bases],
             "protocols": blocks,
             "effects": self._effects(scored),
+            **asked,
             "self_tests": self._self_tests(scored),
         }
 
