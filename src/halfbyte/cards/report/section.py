@@ -27,8 +27,8 @@ def section(record: Mapping[str, Any]) -> str:
         rows = [(e["effect"], code(e["protocol"]), e["metric"], e["precision"], interval(e), e["verdict"]) for e in record["effects"]]  # fmt: skip
         parts.append(str(table(["Effect", "Protocol", "Metric", "Precision", "Nats:", "Verdict"], rows)))
     if record.get("task_effects"):
-        rows = [(e["effect"], e["where"], e["value"], e["verdict"]) for e in tasks.effects(record)]
-        parts += ["", str(table(["Effect", "Task, precision", "Accuracy:", "Verdict"], rows))]
+        found = [(e["effect"], e["where"], e["value"], e["verdict"]) for e in tasks.effects(record)]
+        parts += ["", str(table(["Effect", "Task, precision", "Accuracy:", "Verdict"], found))]
     margin = number(record["settings"]["margin"])
     parts += [
         "",

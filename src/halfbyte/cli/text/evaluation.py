@@ -22,7 +22,9 @@ def render(record: Mapping[str, Any]) -> str:
     failed = [test for test in record["self_tests"] if not test["passed"]]
     tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
     margin = record["settings"]["margin"]
-    closing = [f"{tests}; margin {margin:g} nats; intervals at 95 %, bootstrap over documents"] if record["protocols"] else []
+    closing = (
+        [f"{tests}; margin {margin:g} nats; intervals at 95 %, bootstrap over documents"] if record["protocols"] else []
+    )
     if record.get("tasks"):
         points = f"{100 * record['settings']['task_margin']:g} points"
         closing.append(f"tasks: margin {points}; intervals at 95 %, Wilson's of accuracies, Tango's of differences")

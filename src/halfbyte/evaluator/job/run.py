@@ -69,12 +69,7 @@ def evaluate(
     device = _device(device)
     specs = [candidates] if isinstance(candidates, str | Path) else candidates
     files = [data] if isinstance(data, str | Path) else data
-    tasks = open_tasks(
-        settings.task,
-        allow_code=settings.allow_code,
-        limit=settings.task_limit,
-        max_new_tokens=settings.task_max_new_tokens,
-    )
+    tasks = _tasks(settings)
     material = gather_material(files, settings.limit)
     with ExitStack() as stack:
         pairs = [base] if isinstance(base, str) else base
@@ -97,6 +92,11 @@ def evaluate(
         write_record(Path(out), NAME, body)
         write_card_records(body, bases)
     return read_record(Path(out), NAME) or body
+
+
+def _tasks(settings: Settings) -> list[Task]:
+    limit, longest = settings.task_limit, settings.task_max_new_tokens
+    return open_tasks(settings.task, allow_code=settings.allow_code, limit=limit, max_new_tokens=longest)
 
 
 def _device(device: str) -> str:

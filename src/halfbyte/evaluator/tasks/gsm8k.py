@@ -37,7 +37,7 @@ def read_gsm8k(path: Path) -> Task:
 
 def grade(item: Item, answer: str) -> bool:
     """Whether the last number of the answer is the item's."""
-    return last_number(answer) == item.key
+    return bool(last_number(answer) == item.key)
 
 
 def last_number(text: str) -> Decimal | None:

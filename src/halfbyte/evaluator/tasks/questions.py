@@ -43,7 +43,7 @@ def read_questions(path: Path) -> Task:
 
 def grade(item: Item, answer: str) -> bool:
     """Exact match after `normalise`."""
-    return normalise(answer) == item.key
+    return bool(normalise(answer) == item.key)
 
 
 def _item(entry: Entry, folder: Path) -> Item:

@@ -57,7 +57,7 @@ def letter_frequency(answer: str, arguments: Arguments) -> bool:
 
 
 def response_language(answer: str, arguments: Arguments) -> bool:
-    return language_of(answer) == arguments["language"]
+    return bool(language_of(answer) == arguments["language"])
 
 
 def number_sentences(answer: str, arguments: Arguments) -> bool:

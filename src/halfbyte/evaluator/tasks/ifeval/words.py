@@ -13,7 +13,7 @@ ABBREVIATIONS = frozenset({
     "mr", "mrs", "ms", "dr", "prof", "sr", "jr", "st", "vs", "etc", "e.g", "i.e", "cf", "approx", "dept", "est", "fig", "inc", "ltd",
     "co", "no", "vol", "rev", "gen", "col", "capt", "sgt", "a.m", "p.m", "u.s", "u.k",
 })  # fmt: skip
-_END = re.compile(r"""(?<=[.!?。！？।॥؟…])["'”’)\]*_]*\s+""")
+_END = re.compile(r"""(?<=[.!?。！？।॥؟…])(["'”’)\]*_]*)\s+""")
 _LIST_MARK = re.compile(r"(?:[-*•#]+|\(?(?:\d{1,3}|[A-Za-z])[.)])")
 _WORD = re.compile(r"\w+")
 
@@ -28,7 +28,7 @@ def sentences(text: str) -> list[str]:
     found: list[str] = []
     begin = 0
     for end in _END.finditer(text):
-        piece = text[begin : end.start()].strip()
+        piece = text[begin : end.end(1)].strip()
         last = piece.rpartition(" ")[2].rpartition("\n")[2].lstrip("(\"'“‘*_")
         following = text[end.end() : end.end() + 1]
         if _goes_on(last, following):
@@ -44,7 +44,7 @@ def sentences(text: str) -> list[str]:
 def _goes_on(last: str, following: str) -> bool:
     """Whether a full stop after `last` ends no sentence."""
     if not last.endswith("."):
-        return following.islower() and last.endswith(("…", '!"', '?"'))
+        return following.islower() and not last.endswith(("!", "?"))
     bare = last[:-1].lower()
     return bare in ABBREVIATIONS or _LIST_MARK.fullmatch(last) is not None or following.islower()
 
