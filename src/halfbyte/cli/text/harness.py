@@ -13,7 +13,9 @@ from halfbyte.cli.text.evaluation import table
 def render(record: Mapping[str, Any]) -> str:
     """Text of an lm-eval record."""
     heading = f"{record['candidate']['label']} against {record['reference']['label']}, lm-eval {record['lm_eval']}"
-    rows = [("task", "metric", "n", "reference", "candidate", "lost", "gained", "p", "difference", "verdict")]
+    rows: list[tuple[str, ...]] = [
+        ("task", "metric", "n", "reference", "candidate", "lost", "gained", "p", "difference", "verdict")
+    ]
     rows += [_row(task, found) for task in record["tasks"] for found in task["metrics"]]
     margin = f"margin {100 * record['settings']['margin']:g} points; intervals at 95 %"
     return "\n".join([heading, *table(rows), *_left_out(record), margin])
