@@ -131,3 +131,10 @@ def test_without_tasks_it_says_so(record: dict[str, Any], tmp_path: Path) -> Non
 )  # fmt: skip
 def test_a_verdict_claims_no_more_than_its_interval(verdict: str, high: float, words: str) -> None:
     assert words in meaning({"verdict": verdict, "margin": 0.02, "flips": {"high": high}})
+
+
+def test_lost_answers_are_shown_before_gained_ones() -> None:
+    items = [Item(str(n), "k", "p") for n in range(6)]
+    task = Task("questions", 1, items, 9, "the same", [], lambda item, text: True)
+    block = block_of(task, "reference", {"": graded(task, "a", {5, 3}), "c": graded(task, "b", {0, 3})}, 0.02)
+    assert [(e["id"], e["lost"]) for e in block["candidates"][0]["examples"]] == [("5", True), ("0", False)]
