@@ -146,5 +146,5 @@ def _depends_on(task: Task, weights: Weights, shown: Mapping[str, str], place: P
 
 
 def _path(place: Place, task: Task, name: str, key: str) -> Path:
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{task.name}-{name}").strip("-.")[-60:].strip("-.")
-    return place.folder / f"{slug}-{key.partition(':')[2][:16]}.json"
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[-60:].strip("-.")
+    return place.folder / f"{task.name}-{slug}-{key.partition(':')[2][:16]}.json"
