@@ -12,6 +12,7 @@ import pytest
 import halfbyte
 from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
+from halfbyte.evaluator.harness import HARNESS_OPTIONS, HarnessSettings
 from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
@@ -40,7 +41,7 @@ def test_what_a_type_checker_sees_is_what_is_resolved() -> None:
 
 def test_every_verb_is_a_command_and_the_demo_is_the_only_other() -> None:
     verbs = {name for name in halfbyte.__all__ if inspect.isfunction(getattr(halfbyte, name))}
-    assert {command.name for command in app.registered_commands} == verbs | {"demo"}
+    assert {str(command.name).replace("-", "_") for command in app.registered_commands} == verbs | {"demo"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -48,7 +49,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         halfbyte.quantise  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "quantize", "verify", "generate", "evaluate", "card", "push", "qat"])
+@pytest.mark.parametrize(
+    "name", ["plan", "quantize", "verify", "generate", "evaluate", "lm_eval", "card", "push", "qat"]
+)
 def test_options_of_the_command_are_the_parameters_of_the_function(name: str) -> None:
     command = inspect.signature(import_module(f"halfbyte.cli.{name}").command).parameters
     function = inspect.signature(getattr(halfbyte, name)).parameters
@@ -59,10 +62,12 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
         assert {n: options.pop(n) for n in TRAINING_OPTIONS} == defaults
     if name == "evaluate":
         options = {
-            n: default or () if n in ("candidates", "base", "data", "protocol") else default
+            n: default or () if n in ("candidates", "base", "data", "protocol", "task") else default
             for n, default in options.items()
         }
         assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
+    if name == "lm_eval":
+        assert {n: options.pop(n) for n in HARNESS_OPTIONS} == asdict(HarnessSettings())
     if name == "generate":
         assert set(options) - set(parameters) == set(GENERATION_OPTIONS)
         options = {n: default or () if n == "image" else default for n, default in options.items() if n in parameters}

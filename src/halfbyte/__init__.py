@@ -5,11 +5,12 @@
     verify     prove it, tensor by tensor                         halfbyte.verify(out, source=source)
     generate   ask it something, through stock transformers       halfbyte.generate(out, "Name three primary colors.")
     evaluate   measure what it lost against its source            halfbyte.evaluate(source, [out])
+    lm-eval    lm-eval's tasks on both, paired                    halfbyte.lm_eval(source, out, tasks="arc_easy")
     card       write its model card from the records              halfbyte.card(out)
     push       upload it                                          halfbyte.push(out, "org/name")
     qat        train a small model onto a 4-bit grid              halfbyte.qat(source, out, data="chats.jsonl")
 
-Each is a command of the same name with the same parameters. Importing this package imports nothing heavy: a name is
+Each is a command of the same name (`lm-eval` for `lm_eval`) with the same parameters. Importing this package imports nothing heavy: a name is
 resolved when it is first used.
 """
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.cards import card, push
     from halfbyte.errors import HalfbyteError
+    from halfbyte.evaluator.harness import lm_eval
     from halfbyte.evaluator.job import evaluate
     from halfbyte.quantizer.job import quantize
     from halfbyte.recipe.decisions import Decision, Plan
@@ -36,6 +38,7 @@ __all__ = [
     "card",
     "evaluate",
     "generate",
+    "lm_eval",
     "plan",
     "push",
     "qat",
@@ -50,6 +53,7 @@ _HOME = {
     "card": "halfbyte.cards",
     "evaluate": "halfbyte.evaluator.job",
     "generate": "halfbyte.runtime.generate",
+    "lm_eval": "halfbyte.evaluator.harness",
     "plan": "halfbyte.recipe.survey",
     "push": "halfbyte.cards",
     "qat": "halfbyte.trainer.qat",

@@ -9,6 +9,7 @@ card or report that finds another digest in the checkpoint is an error, never a 
     verify.json     every check with its verdict and figures            (verifier)
     generate.json   sanity prompts and answers                          (verifier)
     evaluate.json   what it lost against its reference, with intervals  (evaluator)
+    lm-eval.json    lm-eval's tasks on two models, paired               (evaluator)
     qat.json        how a source was trained onto a grid                  (trainer)
 """
 

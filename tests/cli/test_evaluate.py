@@ -57,6 +57,25 @@ def test_refusals_name_the_option(refused: Refused, tiny_gemma4: Path, tmp_path:
     assert "another base" not in refused("evaluate", tiny_gemma4, "uniform", "--base", "qat=x", "--out", tmp_path)
 
 
+def test_tasks_are_asked_without_a_protocol_and_the_command_makes_the_same_record(
+    run: Run, refused: Refused, tiny_gemma4: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "gsm8k.jsonl"
+    asked.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 4)
+    only = ("--protocol", "none", "--task", f"gsm8k={asked}", "--task-limit", 3, "--task-max-new-tokens", 3)
+    words = run("evaluate", tiny_gemma4, "uniform", "--out", tmp_path / "out", *only, *FAST)
+    assert words.code == 0, words
+    assert "gsm8k[chat,greedy] v1" in words.out
+    assert "3 items from gsm8k.jsonl" in words.out
+    assert "self-KLD" not in words.out
+    record = json.loads((tmp_path / "out" / "halfbyte" / "evaluate.json").read_text())
+    again = json.loads(run(*record["command"][1:], "--json").out)
+    assert again["settings"] == record["settings"]
+    assert again["tasks"][0]["candidates"][0]["flips"] == record["tasks"][0]["candidates"][0]["flips"]
+    assert "--allow-code" in refused("evaluate", tiny_gemma4, "uniform", "--task", f"mbpp={asked}", *FAST)
+    assert "--task" in refused("evaluate", tiny_gemma4, "uniform", "--task", "arc=x", *FAST)
+
+
 def test_without_a_candidate_it_is_usage(run: Run, tiny_gemma4: Path) -> None:
     outcome = run("evaluate", tiny_gemma4)
     assert outcome.code == 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.text.options import JSON_OPTION
 from halfbyte.cli.text.show import listen, print_json
 from halfbyte.errors import CheckFailed
 
@@ -25,7 +25,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of record, vectors and report.")] = Path("halfbyte-evaluation"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     protocol: Annotated[
-        list[str] | None, typer.Option(help="e.g. 'kld[assistant,given]'; may be repeated. Without: what means something.")
+        list[str] | None, typer.Option(help="e.g. 'kld[assistant,given]', or none; may be repeated. Without: what means something.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First so many chats, documents, pictures.")] = None,
     window: Annotated[int, typer.Option(help="Text tokens a row.")] = 512,
@@ -39,6 +39,13 @@ def command(
     layers: Annotated[bool, typer.Option(help="Measure the error of every weight tensor, and of the residual stream after every layer.")] = True,
     write_reference: Annotated[Path | None, typer.Option(help="Also write the reference as a pack, to score against without it.")] = None,
     pack_head: Annotated[bool, typer.Option(help="Put the output embedding into that pack too.")] = False,
+    task: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: gsm8k, ifeval, mbpp or questions; may be repeated.")
+    ] = None,
+    allow_code: Annotated[bool, typer.Option(help="Run the code that models write for mbpp, in a sandbox.")] = False,
+    task_limit: Annotated[int | None, typer.Option(help="First so many items of each task.")] = None,
+    task_margin: Annotated[float, typer.Option(help="Accuracy: a difference within it is a tie.")] = 0.02,
+    task_max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer to a task, instead of each task's own.")] = None,
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Measure what a candidate lost against its full precision: record, vectors, HTML report."""
@@ -51,6 +58,8 @@ def command(
             reference, candidates or (), base=base or (), data=data or (), out=out, device=device, protocol=protocol or (),
             limit=limit, window=window, windows=windows, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, margin=margin,
             resamples=resamples, floor=floor, layers=layers, write_reference=write_reference, pack_head=pack_head,
+            task=task or (), allow_code=allow_code, task_limit=task_limit, task_margin=task_margin,
+            task_max_new_tokens=task_max_new_tokens,
         )  # fmt: skip
     page = report(out)
     if json:

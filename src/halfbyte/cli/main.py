@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from halfbyte.cli import card, demo, evaluate, generate, plan, push, qat, quantize, verify
+from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, verify
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -40,8 +40,8 @@ def _root(
 ) -> None: ...
 
 
-for module in (plan, quantize, verify, generate, evaluate, card, push, qat, demo):
-    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, demo):
+    app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 
 def main() -> None:

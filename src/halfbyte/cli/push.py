@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.options import JSON_OPTION
+from halfbyte.cli.text.options import JSON_OPTION
 from halfbyte.cli.text.show import listen, print_json
 
 

@@ -2,6 +2,7 @@
 
     page      record -> values of the template, escaped by jinja2 (autoescape: strings of strangers stay text)
     frames    figures from outside a model's frame beside sound ones
+    tasks     right answers, flips and verdicts of the tasks
     plots     vectors -> inline SVG in the page's own colours
     words     numbers and verdicts as text
     section   the same figures as Markdown

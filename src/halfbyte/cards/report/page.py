@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.cards.report import plots
+from halfbyte.cards.report import plots, tasks
 from halfbyte.cards.report.frames import frames
 from halfbyte.cards.report.section import section
 from halfbyte.cards.report.words import (
@@ -69,7 +69,7 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         {"text": sentence(block, candidate, references[block["base"]]), "verdict": candidate["verdicts"][0]["verdict"]}
         for block in record["protocols"]
         for candidate in block["candidates"]
-    ]
+    ] + tasks.verdicts(record)
     values = {
         "title": ", ".join(short_name(base["reference"]) for base in record["bases"]),
         "record": record,
@@ -83,6 +83,8 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
             for base in record["bases"] for c in base["candidates"]
         ],
         "fidelity": [_fidelity(block) for block in record["protocols"]],
+        "tasks": [tasks.table_of(block) for block in record.get("tasks", ())],
+        "task_effects": tasks.effects(record),
         "plots": _plots(record, folder),
         "command": shlex.join(record["command"]),
         "worst": [
@@ -95,8 +97,8 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
 
 
 def _grid(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Bases by precision under the first protocol: reference PPL, then each kind's mean KLD."""
-    protocol = record["protocols"][0]["protocol"]
+    """Bases by precision under the first protocol (None: only tasks were asked): reference PPL, then each kind's mean KLD."""
+    protocol = record["protocols"][0]["protocol"] if record["protocols"] else None
     kinds = list(dict.fromkeys(["NF4", *(c["kind"] for base in record["bases"] for c in base["candidates"])]))
     rows = []
     for base in record["bases"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.cards.markdown import Markdown, code, fence, joined, table, text
+from halfbyte.cards.report import tasks
 from halfbyte.cards.report.frames import frames
 from halfbyte.cards.report.words import (
     ABSENT,
@@ -21,12 +22,13 @@ from halfbyte.cards.report.words import (
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """Markdown of an evaluate record: verdicts, a table a protocol, effects, how it was measured."""
+    """Markdown of an evaluate record: verdicts, a table a protocol and a task, effects, how it was measured."""
     references = {base["name"]: base["reference"] for base in record["bases"]}
     parts: list[str] = ["## What it cost, measured"]
     for block in record["protocols"]:
         for candidate in block["candidates"]:
             parts.append(f"- {text(sentence(block, candidate, references[block['base']]))}")
+    parts += [f"- {text(said['text'])}" for said in tasks.verdicts(record)]
     for candidate in (each for base in record["bases"] for each in base["candidates"]):
         parts.append(f"- {text(short_name(candidate['id']))}, {text(untouched(candidate.get('areas')))}.")
     parts += _frames(record)
@@ -34,10 +36,15 @@ def section(record: Mapping[str, Any]) -> str:
         parts += ["", _heading(block), "", str(_table(block))]
         if lines := frame_lines(block):
             parts += ["", *(f"- {text(line)}" for line in lines)]
+    for block in record.get("tasks", ()):
+        parts += ["", _task_heading(block), "", str(_task_table(block))]
     if record["effects"]:
         parts += ["", "Two bases: D is what quantization cost each, T what training did, I = D(QAT) - D(vanilla).", ""]
         rows = [(e["effect"], code(e["protocol"]), e["metric"], e["precision"], interval(e), e["verdict"]) for e in record["effects"]]  # fmt: skip
         parts.append(str(table(["Effect", "Protocol", "Metric", "Precision", "Nats:", "Verdict"], rows)))
+    if record.get("task_effects"):
+        found = [(e["effect"], e["where"], e["value"], e["verdict"]) for e in tasks.effects(record)]
+        parts += ["", str(table(["Effect", "Task, precision", "Accuracy:", "Verdict"], found))]
     margin = number(record["settings"]["margin"])
     parts += [
         "",
@@ -66,6 +73,24 @@ def _heading(block: Mapping[str, Any]) -> str:
         facts.append(Markdown("**out of frame**: an instruct model on bare text"))
     facts.append(f"floor KLD {number(block['floor'] and block['floor']['value'])}")
     return str(joined(facts))
+
+
+def _task_heading(block: Mapping[str, Any]) -> str:
+    facts: list[Any] = [code(block["metric"]), f"version {block['version']}", f"{block['n']:,} items"]
+    facts += [joined([file["name"] for file in block["data"]]), f"answers of at most {block['max_new_tokens']} tokens"]
+    return str(joined(facts))
+
+
+def _task_table(block: Mapping[str, Any]) -> Markdown:
+    own = block["reference"]
+    rows: list[tuple[Any, ...]] = [("its reference", tasks.share(own), "", "", "", "", "")]
+    for c in block["candidates"]:
+        flips = c["flips"]
+        rows.append((
+            code(short_name(c["candidate"])), tasks.share(c), str(flips["only_reference"]), str(flips["only_candidate"]),
+            number(flips["p"]), tasks.difference(flips), c["verdict"],
+        ))  # fmt: skip
+    return table(["Model", "Accuracy:", "lost:", "gained:", "p:", "Difference:", "Verdict"], rows)
 
 
 def _table(block: Mapping[str, Any]) -> Markdown:

@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from halfbyte.cards.report import tasks
 from halfbyte.cards.report.words import ABSENT, drift, frame_lines, interval, number, untouched
 
 
 def render(record: Mapping[str, Any]) -> str:
     """Text of an evaluate record."""
     sections = [_protocol(block) for block in record["protocols"]]
+    sections += [_task(block) for block in record.get("tasks", ())]
     if record["effects"]:
         sections.append(_effects(record["effects"]))
+    if record.get("task_effects"):
+        rows = [("effect", "of", "accuracy", "verdict"), *((e["effect"], e["where"], e["value"], e["verdict"]) for e in tasks.effects(record))]  # fmt: skip
+        sections.append(["2 x 2 of the tasks", *table(rows)])
     sections.append([_sizes_line(base) for base in record["bases"]])
     sections.append([f"{c['id']}: {untouched(c.get('areas'))}" for base in record["bases"] for c in base["candidates"]])
     failed = [test for test in record["self_tests"] if not test["passed"]]
     tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
     margin = record["settings"]["margin"]
-    sections.append([f"{tests}; margin {margin:g} nats; intervals at 95 %, bootstrap over documents"])
+    closing = (
+        [f"{tests}; margin {margin:g} nats; intervals at 95 %, bootstrap over documents"] if record["protocols"] else []
+    )
+    if record.get("tasks"):
+        points = f"{100 * record['settings']['task_margin']:g} points"
+        closing.append(f"tasks: margin {points}; intervals at 95 %, Wilson's of accuracies, Tango's of differences")
+    sections.append(closing)
     return "\n\n".join("\n".join(section) for section in sections)
 
 
@@ -50,6 +61,24 @@ def _protocol(block: Mapping[str, Any]) -> list[str]:
         *lines,
         *(f"  {c['candidate']}: residual {drift(c.get('residual'))}" for c in block["candidates"] if c.get("residual")),
     ]
+
+
+def _task(block: Mapping[str, Any]) -> list[str]:
+    own = block["reference"]
+    base = "" if block["base"] == "reference" else f", base {block['base']}"
+    lines = [
+        f"{block['metric']} v{block['version']}{base}",
+        f"  {block['n']:,} items from {', '.join(file['name'] for file in block['data'])}; reference {tasks.share(own)}, "
+        f"{own['cut_off']} answers cut off at {block['max_new_tokens']} tokens",
+    ]
+    rows = [("candidate", "accuracy", "lost", "gained", "p", "difference", "same text", "verdict")]
+    for c in block["candidates"]:
+        flips = c["flips"]
+        rows.append((
+            c["candidate"], tasks.share(c), str(flips["only_reference"]), str(flips["only_candidate"]), number(flips["p"]),
+            tasks.difference(flips), str(c["same_text"]), c["verdict"],
+        ))  # fmt: skip
+    return [*lines, *table(rows)]
 
 
 def said(found: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from halfbyte.evaluator.job.bases import Base
 from halfbyte.evaluator.job.figures import SEED
 from halfbyte.evaluator.job.scoring import Scored
 from halfbyte.evaluator.statistics import Cell, Mean, Quantile, two_by_two, verdict
@@ -28,7 +29,7 @@ def effects_of(first: Scored, second: Scored, resamples: int, margin: float) -> 
     names = np.intersect1d(first.reference.arrays["documents"], second.reference.arrays["documents"])
     if not len(names):
         return []
-    pairs = _pairs(first, second)
+    pairs = pairs_of(first.base, second.base)
     same_tokens = first.rows.digest == second.rows.digest
     found = []
     for kind, left, right in pairs:
@@ -64,12 +65,12 @@ def _median(cell: str) -> Quantile:
 _STATISTICS: Mapping[str, Callable[[str], Mean | Quantile]] = {"kld mean": Mean, "kld median": _median}
 
 
-def _pairs(first: Scored, second: Scored) -> Sequence[tuple[str, str, str]]:
+def pairs_of(first: Base, second: Base) -> Sequence[tuple[str, str, str]]:
     """(kind, id in the first base, id in the second), in the order in which candidates of a kind were named."""
-    kinds = list(dict.fromkeys(entry.kind for entry in first.base.candidates))
+    kinds = list(dict.fromkeys(entry.kind for entry in first.candidates))
     pairs = []
     for kind in kinds:
-        ids = [[entry.id for entry in s.base.candidates if entry.kind == kind] for s in (first, second)]
+        ids = [[entry.id for entry in base.candidates if entry.kind == kind] for base in (first, second)]
         pairs += [(kind, left, right) for left, right in zip(*ids, strict=False)]
     return pairs
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from halfbyte.errors import OutputError
 from halfbyte.evaluator import protocols
 from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.bases import Base, open_bases
-from halfbyte.evaluator.job.effects import effects_of
+from halfbyte.evaluator.job.effects import effects_of, pairs_of
 from halfbyte.evaluator.job.figures import figures_of, frame_of, residual_of, worst_tokens
 from halfbyte.evaluator.job.layers import weight_errors
 from halfbyte.evaluator.job.material import Material, check_pictures, gather_material, rows_of
@@ -35,11 +35,15 @@ from halfbyte.evaluator.packed import (
     lent_tokenizer,
     write_reference_pack,
 )
+from halfbyte.evaluator.tasks.asking import Place
+from halfbyte.evaluator.tasks.measuring import measure_tasks, refuse_blind
+from halfbyte.evaluator.tasks.opening import open_tasks
+from halfbyte.evaluator.tasks.task import Task
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.records import read_record, write_record
 
 #: changes when a reader of the record would have to
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 def evaluate(
@@ -59,7 +63,7 @@ def evaluate(
                 it belongs to that one; none are needed if the reference is only to be written as a pack
     base        "NAME=REF": a further reference (halfbyte.evaluator.job.bases)
     data        .jsonl files of prompts or chats, other files as texts; without: a few built-in ones
-    out         folder of the record, the vectors and the reference's answers
+    out         folder of the record, the vectors, the reference's answers, and all models' answers to tasks
     device      `auto` (a GPU if there is one), `cpu`, `cuda[:N]`
     options     any field of `Settings`, by the names of the command line
 
@@ -75,6 +79,7 @@ def evaluate(
     device = _device(device)
     specs = [candidates] if isinstance(candidates, str | Path) else candidates
     files = [data] if isinstance(data, str | Path) else data
+    tasks = _tasks(settings)
     material = gather_material(files, settings.limit)
     with ExitStack() as stack:
         pairs = [base] if isinstance(base, str) else base
@@ -85,7 +90,8 @@ def evaluate(
             check_pack_options(settings, files)
         for entry in (entry for each in bases for entry in each.candidates):
             own_checkpoint(entry)
-        job = _Job(bases, material, settings, device, Path(out))
+        refuse_blind(bases, tasks)
+        job = _Job(bases, Work(material, tasks), settings, device, Path(out))
         body = job.body()
         named = {"base": pairs, "data": [str(path) for path in files], "device": [device], "out": [str(out)]}
         body["command"] = command_of([str(reference), *(str(spec) for spec in specs)], named, settings)
@@ -100,6 +106,11 @@ def evaluate(
         write_record(Path(out), NAME, body)
         write_card_records(body, bases)
     return read_record(Path(out), NAME) or body
+
+
+def _tasks(settings: Settings) -> list[Task]:
+    limit, longest = settings.task_limit, settings.task_max_new_tokens
+    return open_tasks(settings.task, allow_code=settings.allow_code, limit=limit, max_new_tokens=longest)
 
 
 def _device(device: str) -> str:
@@ -117,11 +128,19 @@ def _tokenizer(each: Base) -> Any | None:
     return protocols.load_tokenizer(each.reference)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What models are measured on: material of the protocols, and tasks."""
+
+    material: Material
+    tasks: Sequence[Task]
+
+
 class _Job:
     """What the parts of the record are made of."""
 
-    def __init__(self, bases: list[Base], material: Material, settings: Settings, device: str, out: Path) -> None:
-        self.bases, self.material, self.settings, self.out = bases, material, settings, out
+    def __init__(self, bases: list[Base], work: Work, settings: Settings, device: str, out: Path) -> None:
+        self.bases, self.material, self.tasks, self.settings, self.out = bases, work.material, work.tasks, settings, out
         packs = [each.reference for each in bases if isinstance(each.reference, PackedReference)]
         dtype, batch = settings.dtype, settings.batch
         if packs:
@@ -133,14 +152,14 @@ class _Job:
         self.names = {
             each.name: check_protocol(each.reference, settings.protocol) if isinstance(each.reference, PackedReference)
             else choose_protocols(
-                settings.protocol, instruct=self._instruct(each), has_text=material.given_text,
-                has_pictures=bool(material.pictures),
+                settings.protocol, instruct=self._instruct(each), has_text=work.material.given_text,
+                has_pictures=bool(work.material.pictures),
             )
             for each in bases
         }  # fmt: skip
         for each in bases:
             if not isinstance(each.reference, PackedReference):
-                check_pictures(each.reference, self.names[each.name], material)
+                check_pictures(each.reference, self.names[each.name], work.material)
         if settings.write_reference is not None:
             check_writing(Path(settings.write_reference), packs, [n for names in self.names.values() for n in names])
 
@@ -152,6 +171,8 @@ class _Job:
     def body(self) -> dict[str, Any]:
         scored = [self._score(each, name) for each in self.bases for name in self.names[each.name]]
         blocks = [self._block(each) for each in scored]
+        place = Place(self.out / "answers", self.machine.device, self.machine.dtype, self.machine.batch)
+        asked = measure_tasks(self.bases, self.tasks, place, self.settings, pairs_of, self.tokenizers)
         return {
             "record_version": RECORD_VERSION,
             "metrics_version": METRICS_VERSION,
@@ -159,6 +180,7 @@ class _Job:
             "bases": [self._base(each) for each in self.bases],
             "protocols": blocks,
             "effects": self._effects(scored),
+            **asked,
             "self_tests": self._self_tests(scored),
         }
 

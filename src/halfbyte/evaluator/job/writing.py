@@ -2,6 +2,7 @@
 
     OUT/halfbyte/evaluate.json          everything: bases, candidates, protocols, figures, effects, self-tests
     OUT/vectors/*.npz                   the vectors that every figure is made of
+    OUT/answers/*.json                  every model's answers to every task
     CANDIDATE/halfbyte/evaluate.json    for a checkpoint that `halfbyte quantize` wrote: what its model card prints
 
 The short record carries the digest of the weights it speaks of, and is refused here if the files are not those that the
@@ -65,6 +66,8 @@ def _short(body: Mapping[str, Any], base: Base, entry: Entry, weights_digest: st
     for block in body["protocols"]:
         if block["base"] == base.name:
             results += _results(block, entry.id)
+    asked = [block for block in body["tasks"] if block["base"] == base.name]
+    results += [_accuracy(block, entry.id) for block in asked]
     return {
         "weights_digest": weights_digest,
         "reference": {"label": base.reference.label, "digest": base.reference.digest},
@@ -76,7 +79,24 @@ def _short(body: Mapping[str, Any], base: Base, entry: Entry, weights_digest: st
             for found in block["candidates"] if found["candidate"] == entry.id
             for said in found["verdicts"]
         ],
+        "task_verdicts": [
+            {"metric": block["metric"], **found["flips"], "margin": found["margin"], "verdict": found["verdict"]}
+            for block in asked for found in block["candidates"] if found["candidate"] == entry.id
+        ],
         "run": body["run"],
+    }  # fmt: skip
+
+
+def _accuracy(block: Mapping[str, Any], candidate: str) -> dict[str, Any]:
+    """Accuracy of the candidate under a task, with Wilson's interval."""
+    (found,) = [found for found in block["candidates"] if found["candidate"] == candidate]
+    return {
+        "metric": f"{block['metric']} accuracy", "value": found["value"], "unit": "share of items", "n": block["n"],
+        "documents": block["n"], "low": found["low"], "high": found["high"],
+        "dataset": {
+            "name": f"{block['task']}: {', '.join(file['name'] for file in block['data'])}", "type": block["task"],
+            "sha256": block["data"][0]["sha256"],
+        },
     }  # fmt: skip
 
 
