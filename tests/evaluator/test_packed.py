@@ -62,7 +62,10 @@ def test_against_the_pack_every_figure_is_the_live_one_to_the_bit(live: dict[str
     (there,), (here,) = live["protocols"], packed["protocols"]
     assert {key: here[key] for key in MEASURED} == {key: there[key] for key in MEASURED}
     for one, other in zip(here["candidates"], there["candidates"], strict=True):
-        assert {**one, "vectors": None} == {**other, "vectors": None}, "figures, buckets, verdicts and worst tokens"
+        apart = {"vectors": None, "residual": None}
+        assert {**one, **apart} == {**other, **apart}, "figures, buckets, verdicts and worst tokens"
+        assert one["residual"] is None, "a pack holds no residual stream: not measured"
+        assert other["residual"] is not None
     assert [c["figures"][0]["value"] > 0 for c in here["candidates"]] == [True, True, False]
     assert here["candidates"][2]["kld_max"] == 0.0, "the reference's own weights, scored against its pack"
     assert packed["self_tests"] == live["self_tests"]
@@ -76,7 +79,7 @@ def test_what_a_pack_cannot_give_is_not_measured(packed: dict[str, Any], live: d
     assert (base["reference"], base["digest"]) == (whole["reference"], whole["digest"])
     assert base["pack"]["name"] == "a.pack"
     assert base["pack"]["bytes"] == (folder / "a.pack").stat().st_size
-    assert [c["weights"] for c in base["candidates"]] == [None] * 3
+    assert [(c["weights"], c["areas"]) for c in base["candidates"]] == [(None, None)] * 3
     assert [c["size"]["file_bytes"] for c in base["candidates"]] == [
         c["size"]["file_bytes"] for c in whole["candidates"]
     ]
