@@ -72,7 +72,7 @@ def test_every_command_and_program_of_the_readme_runs(
     (tmp_path / "program.py").write_text(program)
     made = runpy.run_path("program.py")
     assert made["proof"]["passed"]
-    assert made["answer"]["new_tokens"] == 16
+    assert made["answer"]["text"] == "Red, yellow and blue."
     assert made["card"].is_file()
 
 

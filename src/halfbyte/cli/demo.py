@@ -15,7 +15,7 @@ def command(
     out: Annotated[Path, typer.Argument(help="Folder for everything the demo writes.")] = Path("halfbyte-demo"),
     json: JSON_OPTION = False,
 ) -> None:
-    """Run the main job on an embedded model: plan, quantize, verify, generate, card."""
+    """Run the main job on the embedded pair: plan, quantize, verify, evaluate, card."""
     from halfbyte.demo.tour import tour
 
     with listen():

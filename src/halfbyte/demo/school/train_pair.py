@@ -6,7 +6,7 @@
     vanilla    taught with cross-entropy (`lessons`)                          OUT/vanilla
     qat        vanilla, distilled from itself onto q4_0                       OUT/qat
     qat-nf4    the same onto NF4                                              OUT/qat-nf4
-    scores     held-out questions, exact answers, of each and of its roundings  OUT/scores.json
+    scores     held-out questions, exact answers, of each and of its roundings  OUT/scores.json, and their cards
 
 FOLDER holds `wikipedia/wiki.utf8` and `chat/*.jsonl` (SOURCES.md beside the pair says where they come from). Each stage is
 skipped if its folder is complete, and continues from its checkpoint if it is not.
@@ -25,6 +25,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte.demo.school.pair_card import write_cards
 from halfbyte.demo.school.questions import TAUGHT, draw_questions
 from halfbyte.demo.school.small_gemma4 import write_untrained
 from halfbyte.progress import Advance, listening
@@ -70,6 +71,7 @@ def train_pair(out: Path, data: Path, steps: Steps, *, device: str, workers: int
     scores = {name: _score(out / name, device) for name in ("vanilla", "qat", "qat-nf4") if (out / name).is_dir()}
     body = {"seconds": seconds, "steps": asdict(steps), "scores": scores}
     write_text_atomic(out / "scores.json", json.dumps(body, indent=1) + "\n")
+    write_cards(out, body)
     return body
 
 
