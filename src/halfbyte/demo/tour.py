@@ -111,7 +111,7 @@ def _right(found: Mapping[str, Any]) -> dict[str, Any]:
 def _lines(rows: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
     n = {kind: rows[0][kind]["n"] for kind in ("text", "picture")}
     head = ("", f"text, n = {n['text']}", f"pictures, n = {n['picture']}", "KLD text, nats", "KLD pictures, nats")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for row in rows:
         right = [
             f"{row[kind]['value']:.1%} [{row[kind]['low']:.1%}, {row[kind]['high']:.1%}]"
