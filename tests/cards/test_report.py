@@ -196,6 +196,18 @@ def test_a_narrow_screen_cuts_nothing_off(page: str) -> None:
     assert not re.search(r"<svg[^>]* (width|height)=", page), "drawings take the width there is"
 
 
+def test_a_sentence_in_a_table_wraps_and_a_number_does_not(record: dict[str, Any], out: Path) -> None:
+    """One long line about the residual stream once pushed the second candidate off a wide screen."""
+    told = deepcopy(record)
+    points = [{"at": "layer", "layer": n, "sqnr_db": 9.0 - n, "median_db": 8.0 - n, "identical": False, "floor_db": None} for n in (0, 1)]  # fmt: skip
+    for candidate in told["protocols"][0]["candidates"]:
+        candidate["residual"] = {"rows": 3, "n": 90, "points": points}
+    page = render(told, out)
+    assert '<td class="said">first differs after layer 0; median 8.0 dB' in page
+    assert "td.said { min-width: 14rem; max-width: 22rem; }" in page
+    assert not re.search(r'<td class="n">first differs', page)
+
+
 def test_a_model_that_knows_nothing_does_not_press_the_others_flat(
     page: str, record: dict[str, Any], out: Path
 ) -> None:
