@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,17 @@ from evaluator.small_rows import random_rows
 
 import halfbyte
 from halfbyte.evaluator.rows import Rows
+
+
+@pytest.fixture(scope="module")
+def one_thread_for_all() -> Iterator[None]:
+    """As `one_thread`, for the fixtures of a module too: put it into the module's `pytestmark`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,7 @@ FAST = {"limit": 6, "max_new_tokens": 6, "resamples": 200, "device": "cpu"}
 PLAIN = {**FAST, "layers": False, "floor": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_for_all() -> Iterator[None]:
-    """As `one_thread`, for the fixtures of this module too."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 
 
 @pytest.fixture(scope="module")

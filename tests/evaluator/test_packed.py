@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,7 @@ ROWS = {**OPTIONS, "limit": 5, "max_new_tokens": 6, "batch": 3}
 MEASURED = ("protocol", "version", "out_of_frame", "data", "rows", "self_kld", "floor", "reference", "comparisons")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_for_all() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,7 @@ TEXT = "kld[assistant,on-policy]"
 OPTIONS = {"device": "cpu", "limit": 6, "max_new_tokens": 4, "resamples": 200}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_for_all() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 
 
 @pytest.fixture(scope="module")

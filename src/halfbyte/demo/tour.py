@@ -19,12 +19,13 @@ from halfbyte.demo.embedded import NAMES, embedded
 from halfbyte.demo.exam import write_exam
 from halfbyte.errors import CheckFailed
 from halfbyte.evaluator.job import evaluate
+from halfbyte.evaluator.job.settings import ON_POLICY
+from halfbyte.evaluator.protocols import IMAGE
 from halfbyte.quantizer.job import quantize
 from halfbyte.recipe.survey import plan
 from halfbyte.verifier import sentences, verify
 
 TEXTS, PICTURES = 180, 100
-IMAGE, TEXT = "kld[assistant,on-policy,image]", "kld[assistant,on-policy]"
 
 
 def tour(out: str | Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def tour(out: str | Path, *, say: Callable[[str], None] = print) -> dict[str, An
     models = {name: _main_job(name, source, out / f"{name}-NF4", say) for name, source in sources.items()}
     record = _evaluate(sources, out)
     for model in models.values():
-        model["card"] = str(card(model["out"]))  # again, with what was measured
+        model["card"] = str(card(model["out"]))  # last: it prints what was measured
     rows = table_of(record)
     say(_lines(rows, record))
     say(f"report: {report(out / 'evaluation')}")
@@ -98,7 +99,9 @@ def table_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         model = "vanilla" if block["base"] == "reference" else block["base"]
         rows.append({"model": model, "precision": "bf16", **_right(block["reference"]), "kld": {}})
         for each in block["candidates"]:
-            kld = {name: klds[name, each["candidate"]] for name in (TEXT, IMAGE) if (name, each["candidate"]) in klds}
+            kld = {
+                name: klds[name, each["candidate"]] for name in (ON_POLICY, IMAGE) if (name, each["candidate"]) in klds
+            }
             rows.append({"model": model, "precision": kinds[each["candidate"]], **_right(each), "kld": kld})
     return rows
 
@@ -117,7 +120,7 @@ def _lines(rows: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
             f"{row[kind]['value']:.1%} [{row[kind]['low']:.1%}, {row[kind]['high']:.1%}]"
             for kind in ("text", "picture")
         ]
-        klds = [interval(row["kld"][name]) if name in row["kld"] else "-" for name in (TEXT, IMAGE)]
+        klds = [interval(row["kld"][name]) if name in row["kld"] else "-" for name in (ON_POLICY, IMAGE)]
         cells.append((f"{row['model']} {row['precision']}", *right, *klds))
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
