@@ -129,7 +129,7 @@ static void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     }
     __syncwarp();
 }
-static u32 __byte_perm(u32 a, u32 b, u32 selector) {
+static u32 permute_bytes(u32 a, u32 b, u32 selector) {
     u8 source[8];
     memcpy(source, &a, 4);
     memcpy(source + 4, &b, 4);
@@ -140,6 +140,7 @@ static u32 __byte_perm(u32 a, u32 b, u32 selector) {
     }
     return out;
 }
+static u32 __byte_perm(u32 a, u32 b, u32 selector) { return permute_bytes(a, b, selector & 0x7777); }  // as on the GPU: no signs
 
 static void prefetch(const void* at) { volatile u8 touched = *(const u8*)at; (void)touched; }
 static void prefetch_far(const void* at) {

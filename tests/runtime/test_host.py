@@ -36,6 +36,7 @@ CASES = [
     (Variant(warps=2, depth=3), (64, 32), 320, 1, 1, 1),
     (Variant(warps=2, depth=3), (96, 64), 448, 8, 2, 2),
     (Variant(warps=2, depth=3), (32,), 64, 3, 1, 3),
+    (Variant(warps=2, depth=3), (64, 32), 192, 2, 1, 8),  # more warps than units
     (Variant(warps=2, depth=2, groups=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 3, 2),
     (Variant(warps=3, depth=3, early=True, prefetch=5, resident=2, table_stride=128), (96, 64), 448, 4, 1, 1),
     (Variant(warps=1, depth=4, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 2, 3),
@@ -95,7 +96,7 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     stored = [draw(rows, columns, seed, 64 // variant.subs) for seed, rows in enumerate(parts)]
     made = weight_from(stored)
     weight = launch.Tensors(*[aligned(t) for t in (made.tiles, made.codes, made.nested, made.groups, made.maps)])
-    partition = Partition(weight.groups.shape[0], weight.k_blocks, slices, blocks * variant.warps)
+    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, slices, blocks * variant.warps)
     parts_of = partition.parts_of()
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
     y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)

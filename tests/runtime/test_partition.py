@@ -49,7 +49,7 @@ def test_on_hopper_the_31b_shapes_leave_no_multiprocessor_idle(shape):
     assert slices * (132 // slices) >= 0.98 * 132
 
 
-@pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 40), (168, 336, 6, 352), (3, 5, 5, 2)])
+@pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 40), (168, 336, 6, 352), (3, 5, 5, 2), (3, 3, 1, 2112)])
 def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
     split = Partition(*case)
     for part in range(split.slices):
@@ -62,6 +62,18 @@ def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
         assert np.array_equal(
             owner(np.arange(units), units, split.warps), np.repeat(np.arange(split.warps), np.diff(starts))
         )
+
+
+@pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 40), (168, 336, 6, 352), (3, 5, 2, 100), (3, 3, 1, 2112)])
+def test_a_row_group_waits_for_as_many_parts_as_warps_leave(case):
+    split = Partition.over(*case)
+    counted = np.diff(split.parts_of()).reshape(split.row_groups, split.slices)
+    for part in range(split.slices):
+        first, end = split.blocks(part)
+        blocks = end - first
+        warps = owner(np.arange(split.row_groups * blocks), split.row_groups * blocks, split.warps)
+        left = [len(set(warps[g * blocks : (g + 1) * blocks])) for g in range(split.row_groups)]
+        assert counted[:, part].tolist() == left
 
 
 def test_a_weight_too_large_for_32_bits_is_refused():

@@ -140,7 +140,7 @@ def _parts(partition: Partition, device: torch.device) -> tuple[torch.Tensor, in
 def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: variants.Device) -> Partition:
     """How the variant splits a weight over a device."""
     slices = variants.slices_for(variant, k_blocks, device)
-    return Partition(row_groups, k_blocks, slices, device.multiprocessors // slices * variant.warps)
+    return Partition.over(row_groups, k_blocks, slices, device.multiprocessors // slices * variant.warps)
 
 
 def linear(
@@ -172,7 +172,7 @@ def linear(
         m=m, n=weight.rows, row_groups=row_groups, k_blocks=k_blocks, slices=partition.slices,
         slice_warps=partition.warps, maps_count=weight.maps.shape[0], reserved=0, unit=levels.UNIT,
     )  # fmt: skip
-    blocks = partition.warps // variant.warps * partition.slices
+    blocks = -(-partition.warps // variant.warps) * partition.slices
     with torch.cuda.device(x.device):
         driver.launch(kernel, blocks, 32 * variant.warps, shared, stream, arguments, variant.early)
     return y

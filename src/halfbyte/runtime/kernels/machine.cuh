@@ -57,6 +57,13 @@ __device__ __forceinline__ u32 to_bf16_pair(float low, float high) {
     return v;
 }
 
+// Four bytes chosen from a and b; a nibble of the selector with its top bit set spreads the top bit of its byte (__byte_perm does not).
+__device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u32 v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
+    return v;
+}
+
 __device__ __forceinline__ u32 lane_id() {
     u32 lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));

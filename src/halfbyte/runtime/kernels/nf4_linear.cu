@@ -102,7 +102,7 @@ __device__ __forceinline__ void permute(const Levels& levels, u32 word, u32 (&a)
     const u32 shifted = word << 4, index = word & 0x77777777u;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const u32 upper = __byte_perm(shifted, word, i ? 0xfbea : 0xd9c8);
+        const u32 upper = permute_bytes(shifted, word, i ? 0xfbea : 0xd9c8);
         const u32 select = i ? index >> 16 : index;
         const u32 l0 = __byte_perm(levels.low[0], levels.low[1], select), l1 = __byte_perm(levels.low[2], levels.low[3], select);
         const u32 h0 = __byte_perm(levels.high[0], levels.high[1], select), h1 = __byte_perm(levels.high[2], levels.high[3], select);
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
     const u32 slice = blockIdx.x % p.slices, warp = blockIdx.x / p.slices * WARPS + (threadIdx.x >> 5);
     const u32 k0 = slice * p.k_blocks / p.slices, blocks = (slice + 1) * p.k_blocks / p.slices - k0;
     const u32 units = p.row_groups * blocks;
-    const u32 start = first_unit(warp, units, p.slice_warps), end = first_unit(warp + 1, units, p.slice_warps);
+    const u32 start = first_unit(min(warp, p.slice_warps), units, p.slice_warps), end = first_unit(min(warp + 1, p.slice_warps), units, p.slice_warps);
     u32 row_group = start / blocks, k = start % blocks;
 
     // The ring: `ahead` is the next unit to ask for, `ahead_k` its block in the slice.

@@ -4,7 +4,8 @@ A slice of K has `row_groups * blocks` units, one row group after the other. War
 
     [w * units // warps, (w + 1) * units // warps)
 
-so loads differ by one unit at most. A row group is cut where a warp ends, and by the slices. Its parts are numbered in the order
+so loads differ by one unit at most. There are never more warps than units: parts are counted from the first warp of a row group to
+its last, and a warp without a unit between them would be waited for. A row group is cut where a warp ends, and by the slices. Its parts are numbered in the order
 of K, all row groups after one another: part `parts_of[row_group * slices + slice] + (warp - first warp of the row group
 in that slice)`. The results are added in this order.
 
@@ -28,6 +29,11 @@ class Partition:
     k_blocks: int
     slices: int
     warps: int
+
+    @classmethod
+    def over(cls, row_groups: int, k_blocks: int, slices: int, warps: int) -> Partition:
+        """With up to `warps` warps a slice: as many as the smallest slice has units, if those are fewer."""
+        return cls(row_groups, k_blocks, slices, min(warps, row_groups * (k_blocks // slices)))
 
     def blocks(self, part: int) -> tuple[int, int]:
         """First and last + 1 block of 64 columns of a slice."""
