@@ -167,7 +167,7 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
     acquire();
 
-    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 4 : ROW_TILES * GROUPS <= 4 ? 2 : 1;  // parts on their way at a time
+    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 8 : ROW_TILES * GROUPS <= 4 ? 4 : 2;  // parts on their way at a time
     Sums whole = {};
     const float4* from = reinterpret_cast<const float4*>(p.partial) + (u64)first * PART + lane;
 #pragma unroll 1
@@ -203,6 +203,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
     const u32 units = p.row_groups * blocks;
     const u32 start = first_unit(min(warp, p.slice_warps), units, p.slice_warps), end = first_unit(min(warp + 1, p.slice_warps), units, p.slice_warps);
     u32 row_group = start / blocks, k = start % blocks;
+
+    // Small things first: behind the weights they would wait for those.
+    int4 group = {0, 0, 0, 0};
+    if (start < end) group = p.groups[row_group];
+    constexpr u32 ENTRIES = ALU_WORDS < 4 ? (256 + WARPS * 4 - 1) / (WARPS * 4) : 0, VALUES = (MAPS * 256 + WARPS * 32 - 1) / (WARPS * 32);
+    const u32 first_entry = (threadIdx.x >> 5) * 4 + (lane >> 3);
+    u32 pairs[ENTRIES + 1];
+    float values[VALUES];
+#pragma unroll
+    for (u32 i = 0; i < ENTRIES; i++) pairs[i] = p.table[min(first_entry + i * WARPS * 4, 255u)];
+#pragma unroll
+    for (u32 i = 0; i < VALUES; i++) {
+        const u32 at = threadIdx.x + i * WARPS * 32;
+        values[i] = at < 256 * p.maps_count ? p.maps[at] : 0;
+    }
+    Levels levels;
+    if (ALU_WORDS > 0) levels = read_levels(p.table);
 
     // The ring: `ahead` is the next unit to ask for, `ahead_k` its block in the slice.
     const u32 ring = shared + RING_AT + (threadIdx.x >> 5) * (DEPTH * STAGE_BYTES);
@@ -241,23 +258,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
     }
 
     // Tables, while the first weights are on their way.
-    if (ALU_WORDS < 4) {
-        for (u32 entry = (threadIdx.x >> 5) * 4 + (lane >> 3); entry < 256; entry += WARPS * 4)
-            store_four_times(shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16, p.table[entry]);
+#pragma unroll
+    for (u32 i = 0; i < ENTRIES; i++) {
+        const u32 entry = first_entry + i * WARPS * 4;
+        if (entry < 256) store_four_times(shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16, pairs[i]);
     }
-    Levels levels;
-    if (ALU_WORDS > 0) levels = read_levels(p.table);
-    for (u32 i = threadIdx.x; i < 256 * p.maps_count; i += WARPS * 32) store4(shared + MAP_AT + 4 * i, p.maps[i]);
+#pragma unroll
+    for (u32 i = 0; i < VALUES; i++) {
+        const u32 at = threadIdx.x + i * WARPS * 32;
+        if (at < 256 * p.maps_count) store4(shared + MAP_AT + 4 * at, values[i]);
+    }
 
     // Where the walk begins. All of this is constant, so it may be read before the previous launch has ended.
-    int4 group = {0, 0, 0, 0};
     u32 block = 0;  // number of the scale that this lane expands next; 256 of them share a nested scale
     float nested = 0;
     u32 map = 0;
     const u32 home = shared | lane * 4;
     const u32 weight_at = lane * 16, code_at = UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
     auto enter = [&]() {
-        group = p.groups[row_group];
         block = group.x + own_row * row_blocks + (k0 + k) * SUBS;
         nested = p.nested[block >> 8];
         map = shared + MAP_AT + 1024 * group.z;
@@ -359,6 +377,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
             whole = true;
             row_group++;
             if (unit + 1 < end) {
+                group = p.groups[row_group];
                 enter();
                 part = p.parts_of[row_group * p.slices + slice];
             }
