@@ -25,6 +25,7 @@ typedef unsigned char u8;
 #define __launch_bounds__(...)
 #define __shared__ static
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
+using std::max;
 using std::min;
 struct uint4 { u32 x, y, z, w; };
 struct int4 { int x, y, z, w; };
@@ -81,6 +82,7 @@ static uint4 read16(u32 at) { return fetch<uint4>(at); }
 template <int OFFSET> static u32 read4(u32 at) { return fetch<u32>(at + OFFSET); }
 static u32 read1(u32 at) { return fetch<u8>(at); }
 static void store4(u32 at, float v) { memcpy(shared_memory + place(at, 4), &v, 4); }
+static void store16(u32 at, float4 v) { memcpy(shared_memory + place(at, 16), &v, 16); }
 static void store_four_times(u32 at, u32 v) {
     for (u32 i = place(at, 16); i < at + 16; i += 4) memcpy(shared_memory + i, &v, 4);
 }

@@ -46,8 +46,7 @@ CASES = [
 @cache
 def library(name: str, defines: tuple[str, ...], folder: Path) -> Any:
     """NAME.cu with host_machine.h in place of machine.cuh, as a library with one function `run`."""
-    source = (Path(build.__file__).parent / f"{name}.cu").read_text(encoding="utf-8")
-    source = source.replace(f'#include "{build.HEADER}"', '#include "host_machine.h"')
+    source = build.source_of(name, machine='#include "host_machine.h"')
     source += (
         'extern "C" void run(const Params* p, u32 blocks, u32 shared_bytes, const void* const* ranges) {\n'
         f"    run_blocks(blocks, WARPS, shared_bytes, ranges, [=] {{ {name}(*p); }});\n}}\n"
@@ -96,7 +95,7 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     stored = [draw(rows, columns, seed, 64 // variant.subs) for seed, rows in enumerate(parts)]
     made = weight_from(stored)
     weight = launch.Tensors(*[aligned(t) for t in (made.tiles, made.codes, made.nested, made.groups, made.maps)])
-    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, slices, blocks * variant.warps)
+    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, slices, blocks, variant.warps)
     parts_of = partition.parts_of()
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
     y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)

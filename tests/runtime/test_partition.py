@@ -49,7 +49,7 @@ def test_on_hopper_the_31b_shapes_leave_no_multiprocessor_idle(shape):
     assert slices * (132 // slices) >= 0.98 * 132
 
 
-@pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 40), (168, 336, 6, 352), (3, 5, 5, 2), (3, 3, 1, 2112)])
+@pytest.mark.parametrize("case", [(7, 9, 2, 3, 1), (1, 1, 1, 40, 8), (168, 336, 6, 352, 16), (3, 5, 5, 2, 2), (3, 3, 1, 2112, 16)])
 def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
     split = Partition(*case)
     for part in range(split.slices):
@@ -64,21 +64,21 @@ def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
         )
 
 
-@pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 40), (168, 336, 6, 352), (3, 5, 2, 100), (3, 3, 1, 2112)])
-def test_a_row_group_waits_for_as_many_parts_as_warps_leave(case):
+@pytest.mark.parametrize("case", [(7, 9, 2, 3, 2), (1, 1, 1, 5, 8), (168, 336, 6, 22, 16), (3, 5, 2, 50, 2), (3, 3, 1, 132, 16)])
+def test_a_row_group_waits_for_as_many_parts_as_blocks_leave(case):
     split = Partition.over(*case)
     counted = np.diff(split.parts_of()).reshape(split.row_groups, split.slices)
     for part in range(split.slices):
         first, end = split.blocks(part)
         blocks = end - first
         warps = owner(np.arange(split.row_groups * blocks), split.row_groups * blocks, split.warps)
-        left = [len(set(warps[g * blocks : (g + 1) * blocks])) for g in range(split.row_groups)]
+        left = [len(set(warps[g * blocks : (g + 1) * blocks] // split.block_warps)) for g in range(split.row_groups)]
         assert counted[:, part].tolist() == left
 
 
 def test_a_weight_too_large_for_32_bits_is_refused():
     with pytest.raises(UsageError, match="too many"):
-        Partition(1 << 20, 84, 2, 1056).check_fits()
+        Partition(1 << 20, 84, 2, 1056, 16).check_fits()
 
 
 def test_no_room_for_x_is_an_error():

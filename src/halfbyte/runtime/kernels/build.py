@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
 
-HEADER = "machine.cuh"
+MACHINE = "machine.cuh"
 OPTIONS = ("--std=c++17",)
 
 
@@ -26,13 +27,16 @@ class NoCompiler(HalfbyteError):
     """NVRTC is not there, or refuses."""
 
 
-def source_of(name: str) -> str:
-    """The text of NAME.cu, with the one header it includes put in place."""
+def source_of(name: str, machine: str | None = None) -> str:
+    """The text of NAME.cu with the headers of this folder put in place; `machine` stands for machine.cuh if given."""
     folder = Path(__file__).parent
-    include = f'#include "{HEADER}"'
-    text = (folder / f"{name}.cu").read_text(encoding="utf-8")
-    assert text.count(include) == 1
-    return text.replace(include, (folder / HEADER).read_text(encoding="utf-8"))
+
+    def header(include: re.Match[str]) -> str:
+        if include[1] == MACHINE and machine is not None:
+            return machine
+        return (folder / include[1]).read_text(encoding="utf-8")
+
+    return re.sub(r'^#include "(\w+\.cuh)"$', header, (folder / f"{name}.cu").read_text(encoding="utf-8"), flags=re.M)
 
 
 def cache_folder() -> Path:

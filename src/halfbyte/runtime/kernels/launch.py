@@ -140,7 +140,7 @@ def _parts(partition: Partition, device: torch.device) -> tuple[torch.Tensor, in
 def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: variants.Device) -> Partition:
     """How the variant splits a weight over a device."""
     slices = variants.slices_for(variant, k_blocks, device)
-    return Partition.over(row_groups, k_blocks, slices, device.multiprocessors // slices * variant.warps)
+    return Partition.over(row_groups, k_blocks, slices, device.multiprocessors // slices, variant.warps)
 
 
 def linear(

@@ -9,9 +9,9 @@
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
 //   * Scales stay one byte a block. A lane expands one of the unit's 32 (map[code] * nested + offset), shuffles hand them
 //     around, and they multiply fp32 accumulators. So the weight is never rounded, only the 16 levels are (Params::unit).
-//   * A part of a row group that is not whole goes to `partial`; whoever arrives last adds all of them, in the order of K.
-//     Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits, and
-//     a row of x gives the same bits in any batch of 1 to 16.
+//   * What the warps of a block have of the same row group is added up in shared memory; what is not whole then goes to `partial`, and
+//     whoever arrives last adds all of that, in the order of K. Which parts there are depends on N, K and the grid only, never on
+//     M nor on timing: equal inputs give equal bits, and a row of x gives the same bits in any batch of 1 to 16.
 //
 // Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
 // CPU in tests/runtime/test_host.py.
@@ -79,54 +79,7 @@ static_assert(GROUPS * ROW_TILES <= 8 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WOR
 #define RING_AT (MAP_AT + MAPS * 1024)
 #define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
 
-// Four bytes -> the four A registers, through the table. `home` is the lane's column in it.
-__device__ __forceinline__ void look_up(u32 home, u32 word, u32 (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 at;
-        if (TABLE_STRIDE == 256) {
-            at = __byte_perm(word, home, 0x7604 | (i << 4));  // byte i to bits 8..15 of `home`
-        } else {
-            at = ((i ? word >> (8 * i - 7) : word << 7) & 0x7f80u) | home;
-        }
-        a[i] = read4<TABLE_AT>(at);
-    }
-}
-
-// The same without memory. A permute looks up four nibbles in 8 entries; codes 0..7 and 8..15 have a table each, for the high
-// and the low bytes of their bf16 values; the top bit of a nibble, spread over a byte, chooses between the two.
-struct Levels {
-    u32 low[4], high[4];  // 16 low bytes, 16 high bytes, in order of the codes
-};
-__device__ __forceinline__ void permute(const Levels& levels, u32 word, u32 (&a)[4]) {
-    const u32 shifted = word << 4, index = word & 0x77777777u;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const u32 upper = permute_bytes(shifted, word, i ? 0xfbea : 0xd9c8);
-        const u32 select = i ? index >> 16 : index;
-        const u32 l0 = __byte_perm(levels.low[0], levels.low[1], select), l1 = __byte_perm(levels.low[2], levels.low[3], select);
-        const u32 h0 = __byte_perm(levels.high[0], levels.high[1], select), h1 = __byte_perm(levels.high[2], levels.high[3], select);
-        const u32 low = (l1 & upper) | (l0 & ~upper), high = (h1 & upper) | (h0 & ~upper);
-        a[2 * i] = __byte_perm(low, high, 0x4051);
-        a[2 * i + 1] = __byte_perm(low, high, 0x6273);
-    }
-}
-__device__ __forceinline__ Levels read_levels(const u32* table) {
-    Levels levels;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 low = 0, high = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const u32 pair = table[(4 * i + j) * 17];  // both nibbles the same code
-            low |= (pair & 0xff) << (8 * j);
-            high |= ((pair >> 8) & 0xff) << (8 * j);
-        }
-        levels.low[i] = low;
-        levels.high[i] = high;
-    }
-    return levels;
-}
+#include "decode.cuh"
 
 // Warp w of a slice has units [first_unit(w), first_unit(w + 1)). The host checks that (units + 1) * warps fits 32 bits.
 __device__ __forceinline__ u32 first_unit(u32 w, u32 units, u32 warps) { return w * units / warps; }
@@ -149,7 +102,7 @@ __device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row
 
 #define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
 
-// Leaves a warp's part of a row group; the last of all parts to arrive adds them up and writes the result. Parts of a row
+// Leaves a block's part of a row group; the last of all parts to arrive adds them up and writes the result. Parts of a row
 // group lie one after the other, in the order of K: `first` .. `first + expected`, `mine` among them.
 __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
     const bool useful = 2 * (lane & 3) < p.m;
@@ -192,6 +145,44 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
             }
     }
     write(p, whole, row_group, lane);
+}
+
+// Adds up what the warps of a block have of the row groups that were cut between them, in the order of K; two parts a warp lie at
+// `parts`: of the row group in which it began, of the one in which it ended. A warp takes every WARPS-th row group.
+__device__ __forceinline__ void combine(const Params& p, u32 parts, u32 slice, u32 blocks, u32 lane) {
+    const u32 units = p.row_groups * blocks, number = blockIdx.x / p.slices;
+    const u32 first_warp = min(number * WARPS, p.slice_warps), end_warp = min(first_warp + WARPS, p.slice_warps);
+    const u32 first = first_unit(first_warp, units, p.slice_warps), end = first_unit(end_warp, units, p.slice_warps);
+    for (u32 row_group = first / blocks + (threadIdx.x >> 5); row_group * blocks < end; row_group += WARPS) {
+        const u32 begin = row_group * blocks;
+        const u32 from = owner(begin, units, p.slice_warps), to = owner(begin + blocks - 1, units, p.slice_warps);
+        if (from == to) continue;  // its warp has written or left it
+        Sums whole = {};
+        for (u32 warp = max(from, first_warp); warp <= min(to, end_warp - 1); warp++) {
+            const u32 slot = first_unit(warp, units, p.slice_warps) > begin ? 0 : 1;
+            const u32 at = parts + (((warp - first_warp) * 2 + slot) * PART + lane) * 16;
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+                const uint4 v = read16(at + i * 512);
+                float(&sum)[4] = whole[i / GROUPS][i % GROUPS];
+                sum[0] += __uint_as_float(v.x);
+                sum[1] += __uint_as_float(v.y);
+                sum[2] += __uint_as_float(v.z);
+                sum[3] += __uint_as_float(v.w);
+            }
+        }
+        if (p.slices == 1 && from >= first_warp && to < end_warp) write(p, whole, row_group, lane);
+        else leave(p, whole, row_group, p.parts_of[row_group * p.slices + slice] + number - from / WARPS, lane);
+    }
+}
+
+// A warp's sums, where `combine` looks for them.
+__device__ __forceinline__ void put(const Sums& sums, u32 at) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+        const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
+        store16(at + i * 512, make_float4(v[0], v[1], v[2], v[3]));
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(const __grid_constant__ Params p) {
@@ -281,9 +272,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
         map = shared + MAP_AT + 1024 * group.z;
     };
     if (start < end) enter();
-    // The number of this warp's part: all that follow the first begin their row group.
-    u32 part = start < end ? p.parts_of[row_group * p.slices + slice] + warp - owner(row_group * blocks, units, p.slice_warps) : 0;
-
     if (EARLY) {
         let_next_begin();
         wait_for_previous();
@@ -301,8 +289,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
 #pragma unroll
     for (int q = 0; q < GROUPS; q++) x_at[q] = shared + X_AT + min(8 * q + g, p.m - 1) * x_stride + t * 16 + k * 128;
 
-    Sums sums = {};
-    bool whole = k == 0;
+    Sums sums = {}, begun = {};  // of the row group it is at; of the one in which it began, if that began before
+    const bool cut = k != 0;
+    bool whole = !cut;
     u32 stage = ring;
     for (u32 unit = start; unit < end; unit++) {
         wait<DEPTH - 2>();
@@ -368,25 +357,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
         k++;
 #pragma unroll
         for (int q = 0; q < GROUPS; q++) x_at[q] += 128;
-        if (k == blocks || unit + 1 == end) {
-            if (whole && k == blocks && p.slices == 1) write(p, sums, row_group, lane);
-            else leave(p, sums, row_group, part, lane);
+        if (k == blocks && unit + 1 < end) {  // the last row group is seen to below
+            if (!whole) {
+#pragma unroll
+                for (int i = 0; i < ROW_TILES * GROUPS * 4; i++) (&begun[0][0][0])[i] = (&sums[0][0][0])[i];
+            } else if (p.slices == 1) {
+                write(p, sums, row_group, lane);
+            } else {
+                leave(p, sums, row_group, p.parts_of[row_group * p.slices + slice], lane);
+            }
 #pragma unroll
             for (int q = 0; q < GROUPS; q++) x_at[q] -= k * 128;
             k = 0;
             whole = true;
-            row_group++;
-            if (unit + 1 < end) {
-                group = p.groups[row_group];
-                enter();
-                part = p.parts_of[row_group * p.slices + slice];
-            }
+            group = p.groups[++row_group];
+            enter();
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                for (int q = 0; q < GROUPS; q++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) sums[i][q][c] = 0;
+            for (int i = 0; i < ROW_TILES * GROUPS * 4; i++) (&sums[0][0][0])[i] = 0;
         }
     }
+
+    // Tables, ring and x are done with, as soon as all warps are: parts of the row groups cut between warps take their place.
+    const u32 parts = shared + TABLE_AT, own = parts + ((threadIdx.x >> 5) * 2 * PART + lane) * 16;
+    wait<0>();
+    __syncthreads();
+    if (start < end) {
+        if (cut && whole) put(begun, own);
+        if (whole && k == blocks) {
+            if (p.slices == 1) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, p.parts_of[row_group * p.slices + slice], lane);
+        } else {
+            put(sums, own + (whole ? PART * 16 : 0));
+        }
+    }
+    __syncthreads();
+    combine(p, parts, slice, blocks, lane);
 }

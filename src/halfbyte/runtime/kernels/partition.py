@@ -5,9 +5,10 @@ A slice of K has `row_groups * blocks` units, one row group after the other. War
     [w * units // warps, (w + 1) * units // warps)
 
 so loads differ by one unit at most. There are never more warps than units: parts are counted from the first warp of a row group to
-its last, and a warp without a unit between them would be waited for. A row group is cut where a warp ends, and by the slices. Its parts are numbered in the order
-of K, all row groups after one another: part `parts_of[row_group * slices + slice] + (warp - first warp of the row group
-in that slice)`. The results are added in this order.
+its last, and a warp without a unit between them would be waited for. A row group is cut where a warp ends, and by the slices. What
+the warps of a block (`block_warps` of them) have of it is one part; parts are numbered in the order of K, all row groups after
+one another: `parts_of[row_group * slices + slice] + (block - first block of the row group in that slice)`. The
+results are added in this order.
 
 The catch: the kernel computes in 32 bits. `check_fits` says so before anything is launched.
 """
@@ -23,17 +24,19 @@ from halfbyte.errors import UsageError
 
 @dataclass(frozen=True)
 class Partition:
-    """A weight of `row_groups` x `k_blocks` units, over `slices` slices of K with `warps` warps each."""
+    """A weight of `row_groups` x `k_blocks` units, over `slices` slices of K with `warps` warps each, `block_warps` a block."""
 
     row_groups: int
     k_blocks: int
     slices: int
     warps: int
+    block_warps: int
 
     @classmethod
-    def over(cls, row_groups: int, k_blocks: int, slices: int, warps: int) -> Partition:
-        """With up to `warps` warps a slice: as many as the smallest slice has units, if those are fewer."""
-        return cls(row_groups, k_blocks, slices, min(warps, row_groups * (k_blocks // slices)))
+    def over(cls, row_groups: int, k_blocks: int, slices: int, blocks: int, block_warps: int) -> Partition:
+        """With up to `blocks` blocks a slice: as many warps as the smallest slice has units, if those are fewer."""
+        warps = min(blocks * block_warps, row_groups * (k_blocks // slices))
+        return cls(row_groups, k_blocks, slices, warps, block_warps)
 
     def blocks(self, part: int) -> tuple[int, int]:
         """First and last + 1 block of 64 columns of a slice."""
@@ -47,7 +50,8 @@ class Partition:
             first, end = self.blocks(part)
             n = end - first
             units = self.row_groups * n
-            counts[:, part] = owner((group + 1) * n - 1, units, self.warps) - owner(group * n, units, self.warps) + 1
+            from_block = owner(group * n, units, self.warps) // self.block_warps
+            counts[:, part] = owner((group + 1) * n - 1, units, self.warps) // self.block_warps - from_block + 1
         return np.concatenate([[0], counts.reshape(-1).cumsum()]).astype(np.uint32)
 
     def check_fits(self) -> None:

@@ -97,8 +97,9 @@ class Variant:
         return _TABLE_AT + table + _MAPS + self.warps * self.depth * stage
 
     def shared_bytes(self, rows: int, blocks: int) -> int:
-        """Shared memory with `rows` rows of x of `blocks` * 64 columns."""
-        return self.fixed_bytes + rows * (blocks * 2 * _BLOCK_COLUMNS + 64)
+        """Shared memory with `rows` rows of x of `blocks` * 64 columns; in the end two parts of results a warp lie there instead."""
+        parts = _TABLE_AT + self.warps * 2 * self.row_tiles * self.groups * 512
+        return max(parts, self.fixed_bytes + rows * (blocks * 2 * _BLOCK_COLUMNS + 64))
 
     def most_blocks(self, rows: int, device: Device) -> int:
         """Blocks of 64 columns that a slice may have, so that `rows` rows of it fit."""
