@@ -53,15 +53,20 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 TRIED = (
-    Variant(early=True), Variant(early=True, depth=3), Variant(early=True, warps=12, depth=6), Variant(early=True, warps=12, depth=4),
-    Variant(early=True, warps=12, depth=4, alu_words=1), Variant(early=True, depth=3, alu_words=1), Variant(early=True, warps=24, depth=2),
-    Variant(early=True, warps=12, depth=3, resident=2, table_stride=128),
+    Variant(alu_words=1), Variant(alu_words=2), Variant(alu_words=4), Variant(table_stride=128), Variant(depth=3),
+    Variant(warps=8, depth=6), Variant(warps=12, depth=5), Variant(warps=24, depth=3), Variant(early=True),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12),
+    Variant(warps=8, depth=5, early=True, resident=2, table_stride=128, prefetch=12),
+    Variant(warps=12, depth=4, early=True, resident=2, alu_words=4),
 )  # fmt: skip
 TUNED = (
-    *TRIED, Variant(early=True, depth=2), Variant(early=True, warps=8, depth=8), Variant(early=True, warps=20, depth=3),
-    Variant(early=True, depth=5), Variant(early=True, warps=12, depth=8), Variant(early=True, warps=12, depth=6, alu_words=1),
-    Variant(early=True, warps=24, depth=3), Variant(early=True, alu_words=2), Variant(alu_words=1), Variant(depth=3), Variant(warps=12, depth=4),
-    Variant(early=True, warps=12, depth=3, resident=2, table_stride=128, alu_words=1), Variant(early=True, warps=12, depth=4, prefetch=12),
+    *TRIED, Variant(depth=2), Variant(warps=8, depth=8), Variant(warps=8, depth=4), Variant(warps=12),
+    Variant(warps=12, depth=4, alu_words=1), Variant(warps=20, depth=3), Variant(warps=16, depth=3, alu_words=1),
+    Variant(warps=24, depth=2), Variant(early=True, prefetch=16), Variant(early=True, prefetch=16, alu_words=1),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=24),
+    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12, alu_words=1),
+    Variant(warps=24, depth=3, alu_words=1), Variant(warps=12, depth=6, early=True),
 )  # fmt: skip
 #: relative error above which a contender is wrong (y itself is rounded to bf16: 1.7e-3)
 WRONG = 1e-2

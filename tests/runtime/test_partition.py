@@ -49,7 +49,9 @@ def test_on_hopper_the_31b_shapes_leave_no_multiprocessor_idle(shape):
     assert slices * (132 // slices) >= 0.98 * 132
 
 
-@pytest.mark.parametrize("case", [(7, 9, 2, 3, 1), (1, 1, 1, 40, 8), (168, 336, 6, 352, 16), (3, 5, 5, 2, 2), (3, 3, 1, 2112, 16)])
+@pytest.mark.parametrize(
+    "case", [(7, 9, 2, 3, 1), (1, 1, 1, 40, 8), (168, 336, 6, 352, 16), (3, 5, 5, 2, 2), (3, 3, 1, 2112, 16)]
+)
 def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
     split = Partition(*case)
     for part in range(split.slices):
@@ -64,7 +66,9 @@ def test_every_unit_belongs_to_one_warp_and_loads_differ_by_one(case):
         )
 
 
-@pytest.mark.parametrize("case", [(7, 9, 2, 3, 2), (1, 1, 1, 5, 8), (168, 336, 6, 22, 16), (3, 5, 2, 50, 2), (3, 3, 1, 132, 16)])
+@pytest.mark.parametrize(
+    "case", [(7, 9, 2, 3, 2), (1, 1, 1, 5, 8), (168, 336, 6, 22, 16), (3, 5, 2, 50, 2), (3, 3, 1, 132, 16)]
+)
 def test_a_row_group_waits_for_as_many_parts_as_blocks_leave(case):
     split = Partition.over(*case)
     counted = np.diff(split.parts_of()).reshape(split.row_groups, split.slices)

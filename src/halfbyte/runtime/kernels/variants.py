@@ -138,10 +138,11 @@ def slices_for(variant: Variant, k_blocks: int, device: Device) -> int:
 
 
 def default_variant(rows: int, row_tiles: int, subs: int, k_blocks: int, device: Device) -> Variant:
-    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x."""
+    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md)."""
     groups = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    roomy = device.shared_bytes > 200_000
-    variant = Variant(warps=16 if roomy and groups < 4 else 8, row_tiles=row_tiles, groups=groups, subs=subs)
+    roomy, early = device.shared_bytes > 200_000, device.capability >= (9, 0)
+    warps, depth = (16, 3) if roomy and groups < 4 else (8, 4)
+    variant = Variant(warps=warps, depth=depth, row_tiles=row_tiles, groups=groups, subs=subs, early=early)
     return fitting(variant, rows, k_blocks, device)
 
 
