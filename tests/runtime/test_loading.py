@@ -18,7 +18,7 @@ from halfbyte.errors import SourceError, UsageError
 from halfbyte.runtime.linear.table import DEFAULT
 from halfbyte.runtime.loading import replacement
 from halfbyte.runtime.loading.choice import Always, Verdict
-from halfbyte.runtime.loading.projection import STACK, Nf4Projection
+from halfbyte.runtime.loading.projection import Nf4Projection, stack_of
 from halfbyte.runtime.loading.report import OURS, THEIRS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +110,7 @@ def test_the_state_dict_is_bitsandbytes_own_and_putting_back_gives_the_same_mode
     assert same(saved(ours), expected)
     replacement.restore(ours)
     assert same(saved(ours), expected)
-    assert not any(isinstance(module, Nf4Projection) or hasattr(module, STACK) for module in ours.modules())
+    assert not any(isinstance(module, Nf4Projection) or stack_of(module) for module in ours.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -125,6 +125,8 @@ def test_a_layer_shows_its_weights_to_code_that_multiplies_itself():
     assert (full.names, full.splits) == (("q_proj", "k_proj"), (256, 64))  # values are keys
     assert (reuses.names, reuses.splits) == (("q_proj",), (128,))  # keys of another layer
     assert groups[0]["gate_up"].linear.out_features == 256
+    assert [layer.self_attn.nf4_stacked_in for layer in model.model.layers[:2]] == ["qkv_proj", "qk_proj"]
+    assert model.model.layers[0].mlp.gate_up_proj is groups[0]["gate_up"]
     assert replacement.fused_groups(stock("Gemma4").model.layers[0]) == {}
 
 
@@ -141,7 +143,7 @@ def test_a_projection_asked_alone_computes_alone_even_if_its_input_was_changed_i
     for name in ("v_proj", "q_proj", "k_proj", "k_proj"):
         x.mul_(1.5)
         torch.testing.assert_close(getattr(attention, name)(x), getattr(theirs, name)(x), rtol=1e-4, atol=1e-5)
-    assert attention.nf4_stack.held is None
+    assert attention.qkv_proj.held is None
 
 
 def test_inside_the_forward_pass_the_stack_multiplies_once_and_keeps_nothing(llama, monkeypatch):
@@ -155,14 +157,14 @@ def test_inside_the_forward_pass_the_stack_multiplies_once_and_keeps_nothing(lla
     )
     logits(llama)
     assert rows == [(128, 64, 64), (64,), (128, 128), (64,)] * 2
-    assert all(getattr(m, STACK).held is None for m in llama.modules() if hasattr(m, STACK))
+    assert all(stack.held is None for m in llama.modules() if (stack := stack_of(m)) is not None)
 
 
 def test_an_error_inside_the_attention_leaves_nothing_in_the_stack(llama):
     attention = llama.model.layers[0].self_attn
     with pytest.raises(TypeError):
         attention(torch.randn(1, 2, 64))  # no position embeddings
-    assert attention.nf4_stack.held is None
+    assert attention.qkv_proj.held is None
 
 
 def test_torch_traces_stack_and_hooks_as_one_graph(llama):
@@ -179,7 +181,7 @@ def test_a_copied_model_is_independent(llama):
     twin = copy.deepcopy(llama)
     replacement.restore(llama)
     torch.testing.assert_close(logits(twin), logits(llama), rtol=2e-4, atol=2e-4)
-    assert twin.model.layers[0].self_attn.q_proj.stack is twin.model.layers[0].self_attn.nf4_stack
+    assert twin.model.layers[0].self_attn.q_proj.stack is twin.model.layers[0].self_attn.qkv_proj
 
 
 def test_weights_are_not_loaded_into_a_replaced_linear(llama):

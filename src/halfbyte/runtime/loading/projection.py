@@ -23,12 +23,18 @@ import torch
 from halfbyte.errors import UsageError
 from halfbyte.runtime.linear.module import Nf4Linear, nf4_linear
 
-#: the attention's or MLP's attribute that holds its stack
-STACK = "nf4_stack"
+#: names of what is stacked -> the attention's or MLP's attribute that holds the stack
+ATTRIBUTES = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("q_proj", "k_proj"): "qk_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+}
+#: the attribute that says which of them an attention or MLP has
+STACKED_IN = "nf4_stacked_in"
 
 
 class Stack(torch.nn.Module):
-    """Linear layers that share their input, as one Nf4Linear: [..., in_features] -> one tensor for each of `names`.
+    """Linear layers that share their input, as one Nf4Linear: [..., in_features] -> [..., rows of all]; `splits` cuts it.
 
     compute_dtype  x is brought to it and the result back to x's dtype, as Linear4bit does; None leaves x alone
     """
@@ -45,14 +51,14 @@ class Stack(torch.nn.Module):
         """Rows of each of `names`."""
         return self.linear.splits
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """All products: views of one tensor."""
-        y = self.linear(x.to(self.compute_dtype or x.dtype)).to(x.dtype)
-        return tuple(y.split(self.splits, dim=-1))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All products side by side."""
+        y: torch.Tensor = self.linear(x.to(self.compute_dtype or x.dtype))
+        return y.to(x.dtype)
 
     def offer(self, x: torch.Tensor) -> None:
         """Compute all products of x and keep them until `withdraw`."""
-        self.held = (x, self(x))
+        self.held = (x, self(x).split(self.splits, dim=-1))
 
     def withdraw(self) -> None:
         """Forget them."""
@@ -64,7 +70,8 @@ class Stack(torch.nn.Module):
         if held is not None and held[0] is x:
             return held[1][index]
         if len(self.names) == 1:
-            return self(x)[0]
+            whole: torch.Tensor = self(x)
+            return whole
         y = nf4_linear(x.to(self.compute_dtype or x.dtype), self.linear.weight.part(index), self.linear.paths)
         if self.linear.bias is not None:
             y = y + self.linear.bias.split(self.splits)[index].to(y.dtype)
@@ -138,7 +145,8 @@ class Nf4Projection(torch.nn.Module):
 
 def share(owner: torch.nn.Module, stack: Stack) -> None:
     """Give an attention or MLP its stack, and the hooks that fill and empty it."""
-    setattr(owner, STACK, stack)
+    owner.__dict__[STACKED_IN] = ATTRIBUTES[stack.names]
+    setattr(owner, ATTRIBUTES[stack.names], stack)
     owner.register_forward_pre_hook(_offer, with_kwargs=True)
     owner.register_forward_hook(_withdraw, always_call=True)
 
@@ -153,14 +161,23 @@ def unshare(owner: torch.nn.Module) -> None:
         for key in [key for key, value in hooks.items() if value is hook]:
             for name in names:
                 getattr(owner, name).pop(key, None)
-    delattr(owner, STACK)
+    delattr(owner, owner.__dict__.pop(STACKED_IN))
+
+
+def stack_of(owner: torch.nn.Module) -> Stack | None:
+    """The stack of an attention or MLP, if it has one."""
+    name = owner.__dict__.get(STACKED_IN)
+    found: Stack | None = None if name is None else getattr(owner, name)
+    return found
 
 
 def _offer(owner: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    x = arguments[0] if arguments else named.get("hidden_states")
-    if isinstance(x, torch.Tensor):
-        getattr(owner, STACK).offer(x)
+    x, stack = arguments[0] if arguments else named.get("hidden_states"), stack_of(owner)
+    if isinstance(x, torch.Tensor) and stack is not None:
+        stack.offer(x)
 
 
 def _withdraw(owner: torch.nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
-    getattr(owner, STACK).withdraw()
+    stack = stack_of(owner)
+    if stack is not None:
+        stack.withdraw()

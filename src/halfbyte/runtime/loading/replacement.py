@@ -21,14 +21,15 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.linear.layout import why_unsupported
 from halfbyte.runtime.linear.module import Nf4Linear
 from halfbyte.runtime.loading.choice import Shape, Verdict
-from halfbyte.runtime.loading.projection import STACK, Nf4Projection, Stack, share, unshare
+from halfbyte.runtime.loading.projection import ATTRIBUTES, Nf4Projection, Stack, share, stack_of, unshare
 from halfbyte.runtime.loading.report import OURS, THEIRS, Place, Report
 
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 #: class of transformers -> linears that get the tensor its forward is called with. A member may be missing (Gemma 4: v_proj where
 #: values are keys, k_proj and v_proj where another layer's are used)
 KNOWN: dict[str, tuple[str, ...]] = {
-    "Gemma4TextAttention": _QKV, "Gemma3Attention": _QKV, "LlamaAttention": _QKV, "Qwen2Attention": _QKV, "Qwen3Attention": _QKV,
+    "Gemma4TextAttention": _QKV, "Gemma4UnifiedTextAttention": _QKV, "Gemma4UnifiedTextMLP": _GATE_UP,
+    "Gemma3Attention": _QKV, "LlamaAttention": _QKV, "Qwen2Attention": _QKV, "Qwen3Attention": _QKV,
     "Gemma4TextMLP": _GATE_UP, "Gemma3MLP": _GATE_UP, "LlamaMLP": _GATE_UP, "Qwen2MLP": _GATE_UP, "Qwen3MLP": _GATE_UP,
 }  # fmt: skip
 #: bytes of dropped tensors after which a GPU's free blocks are given back
@@ -92,7 +93,7 @@ def restore(model: torch.nn.Module) -> Report:
         for name, child in list(owner.named_children()):
             if isinstance(child, Nf4Projection):
                 setattr(owner, name, child.restore())
-        if STACK in owner._modules:
+        if stack_of(owner) is not None:
             unshare(owner)
     return leave(model, "put back")
 
@@ -101,7 +102,8 @@ def fused_groups(layer: torch.nn.Module) -> dict[str, Stack]:
     """The weights of one decoder layer, for code that multiplies itself: keys `qkv`, `o`, `gate_up`, `down`.
 
     Of each: `.linear` (Nf4Linear), `.names` (which parts it has: q alone where keys are shared, no v where values are keys),
-    `.splits` (their rows), or call it for one tensor a name. A key is missing if bitsandbytes keeps one of its linears.
+    `.splits` (their rows); call it for all products side by side. A key is missing if one of its linears is bitsandbytes' or alone.
+    Joined ones are also where their names say: `self_attn.qkv_proj` or `.qk_proj`, `mlp.gate_up_proj`.
     """
     found = {}
     for key, owner_name, names in (
@@ -125,12 +127,11 @@ def linears_of(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 def why_theirs(linear: Any) -> str | None:
     """Why a Linear4bit cannot be ours, or None."""
-    state, device = getattr(linear.weight, "quant_state", None), linear.weight.device
-    kind = getattr(state, "quant_type", None)
-    reason: str | None = None
+    state: Any = getattr(linear.weight, "quant_state", None)
     if state is None:
-        reason = "it is not quantized yet"
-    elif kind != "nf4":
+        return "it is not quantized yet"
+    kind, device, reason = state.quant_type, linear.weight.device, None
+    if kind != "nf4":
         reason = f"{kind} is not nf4"
     elif not state.nested:
         reason = "its scales are not double-quantized"
@@ -146,7 +147,7 @@ def why_theirs(linear: Any) -> str | None:
         reason = f"it computes in {str(linear.compute_dtype).removeprefix('torch.')}"
     elif linear.compute_dtype == torch.float32 and device.type != "cpu":
         reason = "it computes in float32, the kernels in bfloat16"
-    return reason or why_unsupported(*state.shape, state.blocksize)
+    return reason or why_unsupported(state.shape[0], state.shape[1], state.blocksize)
 
 
 def _twice(model: torch.nn.Module) -> set[str]:
@@ -164,7 +165,7 @@ def _groups(
         prefix = f"{owner_name}." if owner_name else ""
         free = [name for name, _ in owner.named_children() if reasons.get(prefix + name, "none of ours") is None]
         together = KNOWN.get(type(owner).__name__, ()) if type(owner).__module__.startswith("transformers.") else ()
-        joined = _alike(owner, [name for name in together if name in free])
+        joined = _alike(owner, tuple(name for name in together if getattr(owner, name, None) is not None), free)
         if joined:
             yield owner_name, owner, joined
         for name in free:
@@ -172,14 +173,16 @@ def _groups(
                 yield owner_name, owner, (name,)
 
 
-def _alike(owner: torch.nn.Module, names: list[str]) -> tuple[str, ...]:
-    """The names, if there are two or more and they can be rows of one weight."""
+def _alike(owner: torch.nn.Module, names: tuple[str, ...], free: list[str]) -> tuple[str, ...]:
+    """The names, if there are two or more, all of them ours, and they can be rows of one weight."""
+    if names not in ATTRIBUTES or not set(names) <= set(free):
+        return ()
     members = [getattr(owner, name) for name in names]
     traits = {
         (m.in_features, m.weight.quant_state.blocksize, m.compute_dtype, m.bias is None, m.weight.device)
         for m in members
     }
-    return tuple(names) if len(names) > 1 and len(traits) == 1 else ()
+    return names if len(traits) == 1 else ()
 
 
 def _replace_group(owner: torch.nn.Module, names: tuple[str, ...], members: list[Any], chooser: Chooser) -> Verdict:

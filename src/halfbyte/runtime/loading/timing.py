@@ -133,7 +133,7 @@ def seconds_a_call(job: Job) -> float:
         end.record()
         end.synchronize()
         found.append(start.elapsed_time(end) / 1e3 / CALLS)
-    return statistics.median(found)
+    return float(statistics.median(found))
 
 
 def _our_copies(weight: Nf4Weight, count: int) -> list[Nf4Weight]:
