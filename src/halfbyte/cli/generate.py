@@ -35,7 +35,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     json: JSON_OPTION = False,
 ) -> None:
-    """Answer one prompt through transformers, streaming tokens."""
+    """Answer one prompt through stock transformers, streaming tokens."""
     from halfbyte.runtime.generate import generate
 
     def show(text: str) -> None:

@@ -133,10 +133,10 @@ def why_theirs(linear: Any) -> str | None:
     kind, device, reason = state.quant_type, linear.weight.device, None
     if kind != "nf4":
         reason = f"{kind} is not nf4"
+    elif getattr(state, "packing_format_for_cpu", False):  # before `nested`: that order has no nested scales
+        reason = "its bytes are in bitsandbytes' CPU order"
     elif not state.nested:
         reason = "its scales are not double-quantized"
-    elif getattr(state, "packing_format_for_cpu", False):
-        reason = "its bytes are in bitsandbytes' CPU order"
     elif len(state.shape) != 2:
         reason = f"its shape is {list(state.shape)}"
     elif linear.weight.requires_grad or linear.training:
