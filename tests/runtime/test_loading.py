@@ -100,6 +100,16 @@ def test_a_projection_asked_alone_computes_alone_even_if_its_input_was_changed_i
     assert attention.qkv_proj.held is None
 
 
+def test_what_lies_ready_is_given_for_the_tensor_it_was_computed_from_and_no_other(llama):
+    attention = llama.model.layers[0].self_attn
+    x = torch.randn(2, 64)
+    alone = attention.k_proj(-x)
+    attention.qkv_proj.offer(x)
+    assert torch.equal(attention.k_proj(-x), alone)
+    assert torch.equal(attention.k_proj(x.clone()), -alone)
+    assert attention.k_proj(x).untyped_storage().data_ptr() == attention.v_proj(x).untyped_storage().data_ptr()
+
+
 def test_inside_the_forward_pass_the_stack_multiplies_once_and_keeps_nothing(llama, monkeypatch):
     from halfbyte.runtime.linear.module import Nf4Linear
 
