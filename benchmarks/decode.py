@@ -88,6 +88,19 @@ class Bench:
         self.wait()
         return time.perf_counter() - start
 
+    def replace(self, fast: Any) -> dict[str, Any]:
+        """Our linears in place of bitsandbytes', as `halfbyte.load` does it; seconds and the most memory it took."""
+        from halfbyte.runtime.loading.checkpoint import choose_linears
+
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self.seconds(lambda: choose_linears(self.model, self.device, fast))
+        report = self.model.halfbyte
+        peak = torch.cuda.max_memory_allocated() if self.device != "cpu" else None
+        memory = "" if peak is None else f", peak {peak / 2**30:.2f} GiB"
+        print(f"replaced in {seconds:.1f} s, {report.measuring_s:.1f} of it timing{memory}: {report.summary()}")
+        return {"seconds": round(seconds, 2), "measuring_s": round(report.measuring_s, 2), "peak_gpu_bytes": peak}
+
     def wait(self) -> None:
         """For the GPU."""
         if self.device != "cpu":
@@ -310,8 +323,6 @@ def rows_of(kind: str, compiled: bool) -> dict[str, Callable[[Bench, int], list[
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Build, measure stock, replace, measure ours."""
-    from halfbyte.runtime.loading.checkpoint import choose_linears
-
     device = "cpu" if options.tiny and not torch.cuda.is_available() else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("decode.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
@@ -329,12 +340,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"{'':34}{'batch':>6}{'tokens/s':>10}{'min-max':>16}{'ms/step':>10}{'% ceil':>8}{'GiB' if device == 'cuda' else '':>9}"
     )
     bench = Bench(model, device, tuple(options.new_tokens), options.repeats)
-    rows = []
+    rows, replacing = [], {}
     for kind in ("stock", "ours"):
         if kind == "ours":
-            start = time.perf_counter()
-            choose_linears(model, device, True if device == "cpu" else options.fast)
-            print(f"replaced in {time.perf_counter() - start:.1f} s: {model.halfbyte.summary()}")
+            replacing = bench.replace(True if device == "cpu" else options.fast)
         for label, way in rows_of(kind, options.compiled).items():
             rows += [measure(label, bench, batch, ceiling, way) for batch in options.batches]
     installed = ("torch", "transformers", "bitsandbytes", "triton", "cuda-bindings")
@@ -342,7 +351,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "decode", "device": name, "shape": "tiny" if options.tiny else str(options.config or options.shape),
         "copy_bytes_per_s": rate, "bytes_per_token": needed, "ceiling_tokens_per_s": round(ceiling, 1), "build_s": round(built, 1),
         "replacement": model.halfbyte.to_dict() if options.names else model.halfbyte.summary(),
-        "measuring_s": round(model.halfbyte.measuring_s, 2), "new_tokens": options.new_tokens,
+        "replacing": replacing, "new_tokens": options.new_tokens,
         "versions": {n: _version(n) for n in installed}, "rows": rows,
     }  # fmt: skip
 

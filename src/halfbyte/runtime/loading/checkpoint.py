@@ -11,7 +11,9 @@ transformers sees the same modules under the same names, and `save_pretrained` w
 cannot save a bitsandbytes model that it has loaded, see `let_save`.) What it says of such models stays true of this one, also that `generate` will not compile it (`Bnb4BitHfQuantizer.is_compileable` is
 False); `torch.compile(model.forward)` works.
 
-The catch: no gradients. To train, load with fast=False, or put bitsandbytes' linears back with `replacement.restore`.
+The catch: no gradients. To train, load with fast=False, or put bitsandbytes' linears back with `replacement.restore`. And where they stay
+bitsandbytes' on a CPU with AVX512-BF16, the first forward pass rounds their scales for good (0.50.2 expands them to bfloat16): save
+before it, or load with fast=True.
 """
 
 from __future__ import annotations

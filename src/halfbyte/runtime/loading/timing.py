@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.kernels.build import cache_folder
 from halfbyte.runtime.linear import op
 from halfbyte.runtime.linear.module import Nf4Linear, nf4_linear
+from halfbyte.runtime.linear.op import launch_tensors
 from halfbyte.runtime.linear.table import INVARIANT_ROWS
 from halfbyte.runtime.linear.weight import Nf4Weight
 from halfbyte.runtime.loading.choice import ROWS, Times
@@ -85,6 +88,8 @@ def time_paths(theirs: Sequence[Any], ours: Nf4Linear) -> Times:
     device = ours.tiles.device
     kernel = op.why_no_kernel(device) is None
     found: Times = {}
+    if kernel:
+        compile_ahead(ours)
     with torch.cuda.device(device), torch.inference_mode():
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_COPIES, max(2, 1 + -(-2 * cache_bytes // ours.tiles.numel())))
@@ -96,6 +101,22 @@ def time_paths(theirs: Sequence[Any], ours: Nf4Linear) -> Times:
     del mine, stock
     torch.cuda.empty_cache()
     return found
+
+
+def compile_ahead(ours: Nf4Linear) -> None:
+    """Compile what will be timed, several at once: one after another it would take longer than all the timing."""
+    from halfbyte.runtime.kernels import build, driver, variants
+
+    weight = launch_tensors(ours.tiles, ours.codes, ours.nested, ours.groups, ours.maps)
+    device = driver.device_of(ours.tiles.device.index or 0)
+    wanted = {
+        variants.default_variant(min(m, variants.MOST_ROWS), weight.row_tiles, weight.subs, weight.k_blocks, device)
+        for m in ROWS
+        if m <= MOST_KERNEL_ROWS
+    }
+    with ThreadPoolExecutor(4) as pool:
+        for work in [pool.submit(build.cubin, "nf4_linear", device.arch, variant.defines) for variant in wanted]:
+            work.exception()  # a variant that does not compile fails again where it is timed, and is left out there
 
 
 def time_jobs(jobs: dict[str, Job], clock: Callable[[Job], float]) -> dict[str, float]:
@@ -137,8 +158,6 @@ def seconds_a_call(job: Job) -> float:
 
 
 def _our_copies(weight: Nf4Weight, count: int) -> list[Nf4Weight]:
-    from dataclasses import replace
-
     names = ("tiles", "codes", "nested", "groups", "maps")
     return [weight] + [
         replace(weight, **{name: getattr(weight, name).clone() for name in names}) for _ in range(count - 1)
