@@ -152,6 +152,20 @@ def test_a_wrong_or_failing_path_is_not_timed():
     assert timing.time_jobs(jobs, lambda job: 1.0) == {"bitsandbytes": 1.0, "kernel": 1.0}
 
 
+def test_the_calls_that_are_timed_multiply_by_the_same_weight_ours_and_theirs_in_every_copy():
+    from bitsandbytes.nn import Linear4bit
+
+    theirs = [Linear4bit(128, rows, False, torch.bfloat16, True, "nf4").to("cpu").eval() for rows in (64, 32)]
+    ours = Nf4Linear.of_linear4bit(*theirs)
+    asked = []
+    for m, jobs in timing.jobs_of(theirs, ours, 3, kernel=True):
+        assert list(jobs) == ["bitsandbytes", *timing.paths_at(m, True)]
+        assert all(torch.equal(job(0), job(1)) and torch.equal(job(1), job(5)) for job in jobs.values())
+        timed = timing.time_jobs(jobs, lambda job: asked.append(job(0).shape) or 1.0)
+        assert list(timed) == list(jobs)  # none differs from bitsandbytes' result
+    assert {tuple(shape) for shape in asked} == {(m, 96) for m in ROWS}
+
+
 def test_paths_that_a_table_may_name_are_timed_at_every_batch():
     assert [timing.paths_at(m, True) for m in ROWS] == [("kernel",)] * 3 + [("kernel", "expand")] * 2 + [("expand",)]
     assert [timing.paths_at(m, False) for m in ROWS] == [("triton",)] * 3 + [("expand",)] * 3

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
@@ -93,14 +93,19 @@ def time_paths(theirs: Sequence[Any], ours: Nf4Linear) -> Times:
     with torch.cuda.device(device), torch.inference_mode():
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_COPIES, max(2, 1 + -(-2 * cache_bytes // ours.tiles.numel())))
-        mine, stock = _our_copies(ours.weight, count), _their_copies(theirs, count)
-        for m in ROWS:
-            x = torch.randn(m, ours.in_features, device=device, dtype=torch.bfloat16)
-            jobs = {THEIRS: _their_job(x, stock)} | {path: _our_job(x, mine, path) for path in paths_at(m, kernel)}
+        for m, jobs in jobs_of(theirs, ours, count, kernel):
             found[m] = time_jobs(jobs, seconds_a_call)
-    del mine, stock
+    del jobs
     torch.cuda.empty_cache()
     return found
+
+
+def jobs_of(theirs: Sequence[Any], ours: Nf4Linear, count: int, kernel: bool) -> Iterator[tuple[int, dict[str, Job]]]:
+    """For each of ROWS the calls to time, bitsandbytes' first: with `count` copies of either weight, and x at random."""
+    mine, stock = _our_copies(ours.weight, count), _their_copies(theirs, count)
+    for m in ROWS:
+        x = torch.randn(m, ours.in_features, device=ours.tiles.device, dtype=torch.bfloat16)
+        yield m, {THEIRS: _their_job(x, stock)} | {path: _our_job(x, mine, path) for path in paths_at(m, kernel)}
 
 
 def compile_ahead(ours: Nf4Linear) -> None:
@@ -188,7 +193,7 @@ def _their_job(x: torch.Tensor, copies: list[list[tuple[torch.Tensor, Any]]]) ->
 
     def job(i: int) -> torch.Tensor:
         pieces = [matmul_4bit(x, packed, state) for packed, state in copies[i % len(copies)]]
-        capturing = torch.cuda.is_current_stream_capturing()
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         return pieces[0] if capturing or len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
     return job
