@@ -39,9 +39,13 @@ def test_what_a_type_checker_sees_is_what_is_resolved() -> None:
     assert sorted(imported) == sorted(halfbyte.__all__)
 
 
+#: a verb whose result cannot be printed
+NO_COMMAND = {"load"}
+
+
 def test_every_verb_is_a_command_and_the_demo_is_the_only_other() -> None:
     verbs = {name for name in halfbyte.__all__ if inspect.isfunction(getattr(halfbyte, name))}
-    assert {str(command.name).replace("-", "_") for command in app.registered_commands} == verbs | {"demo"}
+    assert {str(command.name).replace("-", "_") for command in app.registered_commands} == verbs - NO_COMMAND | {"demo"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -3,14 +3,15 @@
     plan       what would become of every tensor, and why        halfbyte.plan(source)
     quantize   write the NF4 checkpoint                           halfbyte.quantize(source, out)
     verify     prove it, tensor by tensor                         halfbyte.verify(out, source=source)
-    generate   ask it something, through stock transformers       halfbyte.generate(out, "Name three primary colors.")
+    generate   ask it something, through transformers             halfbyte.generate(out, "Name three primary colors.")
     evaluate   measure what it lost against its source            halfbyte.evaluate(source, [out])
     lm-eval    lm-eval's tasks on both, paired                    halfbyte.lm_eval(source, out, tasks="arc_easy")
     card       write its model card from the records              halfbyte.card(out)
     push       upload it                                          halfbyte.push(out, "org/name")
     qat        train a small model onto a 4-bit grid              halfbyte.qat(source, out, data="chats.jsonl")
 
-Each is a command of the same name (`lm-eval` for `lm_eval`) with the same parameters. Importing this package imports nothing heavy: a name is
+Each is a command of the same name (`lm-eval` for `lm_eval`) with the same parameters. `halfbyte.load(out)` is none: it gives the model
+itself, a transformers model with our 4-bit linears where they are faster. Importing this package imports nothing heavy: a name is
 resolved when it is first used.
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from halfbyte.recipe.decisions import Decision, Plan
     from halfbyte.recipe.survey import plan
     from halfbyte.runtime.generate import generate
+    from halfbyte.runtime.loading.checkpoint import load
     from halfbyte.trainer.qat import qat
     from halfbyte.verifier import verify
 
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate",
     "generate",
     "lm_eval",
+    "load",
     "plan",
     "push",
     "qat",
@@ -54,6 +57,7 @@ _HOME = {
     "evaluate": "halfbyte.evaluator.job",
     "generate": "halfbyte.runtime.generate",
     "lm_eval": "halfbyte.evaluator.harness",
+    "load": "halfbyte.runtime.loading.checkpoint",
     "plan": "halfbyte.recipe.survey",
     "push": "halfbyte.cards",
     "qat": "halfbyte.trainer.qat",

@@ -80,6 +80,8 @@ def test_generate_prints_the_answer_on_stdout_and_figures_on_stderr(run: Run, fi
     assert outcome.code == 0
     assert len(outcome.out.strip()) > 3
     assert "6 tokens, first after" in outcome.err
+    assert "by bitsandbytes (" in outcome.err
+    assert "faster on a CPU" in outcome.err
 
 
 def test_an_address_as_image_is_refused(refused: Refused, finished: Path) -> None:

@@ -17,6 +17,12 @@ def command(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[str] | None, typer.Option(help="Image file to show first; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    fast: Annotated[
+        bool | None,
+        typer.Option(
+            help="halfbyte's 4-bit linears: everywhere, or nowhere (stock). Unless given: where measured faster."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
     do_sample: Annotated[bool | None, typer.Option(help="Sample instead of greedy decoding.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sampling temperature.")] = None,
@@ -41,6 +47,7 @@ def command(
         prompt,
         image=image or (),
         device=device,
+        fast=fast,
         stream=None if json else show,
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
@@ -63,3 +70,4 @@ def command(
         f"peak {kind} {memory / 2**30:.2f} GiB",
         err=True,
     )
+    typer.echo(result["linears_summary"], err=True)

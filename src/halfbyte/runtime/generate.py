@@ -1,8 +1,8 @@
-"""`halfbyte generate`: the model card's usage snippet as a command, through stock transformers and bitsandbytes.
+"""`halfbyte generate`: the model card's usage snippet as a command, through transformers.
 
-Nothing here knows NF4: the checkpoint is loaded by the auto class its config names, the prompt goes through the chat
-template (or as it is, if the model has none), and tokens are streamed as they come. It is the honest baseline that every
-faster path of ours is held against.
+Nothing here knows NF4: the checkpoint is loaded by `halfbyte.load`, the prompt goes through the chat template (or as it
+is, if the model has none), and tokens are streamed as they come. With `fast=False` it is stock transformers and
+bitsandbytes: the honest baseline that every faster path of ours is held against.
 
 Catch: `generate` keeps only the last prompt token's logits, but a 31B prompt on a CPU still takes minutes; the time to
 the first token is reported apart from the rate of the rest.
@@ -10,16 +10,15 @@ the first token is reported apart from the rate of the rest.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.device import check_device
-from halfbyte.errors import SourceError, UsageError
+from halfbyte.errors import UsageError
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.runtime.images import open_image
+from halfbyte.runtime.loading.checkpoint import load, pick_device, transformers_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +35,7 @@ def generate(
     *,
     image: Sequence[str | Path] = (),
     device: str = "auto",
+    fast: bool | None = None,
     stream: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def generate(
     checkpoint  folder that transformers can load (NF4 or not)
     image       image files, shown to the model before the prompt
     device      `auto` (a GPU if there is one), `cpu`, `cuda[:N]`
+    fast        our linears: True wherever possible, False nowhere, None where they are measured to be faster (`halfbyte.load`)
     stream      called with each piece of text as it is decoded
     options     any of GENERATION_OPTIONS; greedy unless do_sample or a sampling option is given
     raises      UsageError (unknown option, image for a text model), SourceError (not a checkpoint)
@@ -52,40 +53,23 @@ def generate(
     if unknown:
         raise UsageError(f"unknown option {min(unknown)!r}", todo=f"known: {', '.join(GENERATION_OPTIONS)}")
     images = [open_image(path) for path in image]
-    chat = Chat(Path(checkpoint), device)
+    chat = Chat(Path(checkpoint), device, fast)
     return chat.answer(prompt, images, stream, options)
 
 
 class Chat:
     """A loaded checkpoint with its tokenizer or processor, ready to answer."""
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
+    def __init__(self, folder: Path, device: str = "auto", fast: bool | None = False) -> None:
         from halfbyte.format.checkpoint import read_config
         from halfbyte.recipe.skeleton import auto_class_of
 
         self.config = read_config(folder)
-        if not folder.is_dir():
-            raise SourceError("not a checkpoint folder", where=str(folder), todo="name the folder that quantize wrote")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        import torch
-        import transformers
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_device(device)
-        self.device = device
+        self.device = pick_device(device)
         self.auto_class = auto_class_of(self.config)
-        try:
-            self.model = getattr(transformers, self.auto_class).from_pretrained(
-                folder, dtype="auto", device_map={"": device}, trust_remote_code=False, local_files_only=True
-            )
+        self.model = load(folder, device=self.device, fast="auto" if fast is None else fast)
+        with transformers_errors(folder):
             self.processor = self._load_processor(folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise SourceError(
-                f"transformers cannot load it: {str(error).strip().splitlines()[0][:300]}",
-                where=str(folder),
-                todo="run `halfbyte verify` on it",
-            ) from error
 
     def _load_processor(self, folder: Path) -> Any:
         from transformers import AutoProcessor, AutoTokenizer
@@ -144,6 +128,8 @@ class Chat:
             "seconds_to_first_token": round(first, 4),
             "tokens_per_second": round(rest / (seconds - first), 2) if rest > 0 and seconds > first else None,
             "device": self.device,
+            "linears": self.model.halfbyte.to_dict(),
+            "linears_summary": self.model.halfbyte.summary(),
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_gpu_bytes": peak_gpu_bytes(self.device),
         }

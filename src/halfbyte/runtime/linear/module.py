@@ -17,18 +17,24 @@ import torch
 
 from halfbyte.errors import UsageError
 from halfbyte.runtime.linear import op
+from halfbyte.runtime.linear.table import DEFAULT
 from halfbyte.runtime.linear.tensors import read_stored, stored_of_linear
 from halfbyte.runtime.linear.weight import Nf4Weight, weight_from
 
 
-def nf4_linear(x: torch.Tensor, weight: Nf4Weight) -> torch.Tensor:
-    """y = x W^T: x [..., columns] -> [..., rows] in x's dtype; `op` picks the path. raises ShapeMismatch"""
-    y: torch.Tensor = op.nf4_linear(x, weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
+def nf4_linear(x: torch.Tensor, weight: Nf4Weight, paths: str = DEFAULT) -> torch.Tensor:
+    """y = x W^T: x [..., columns] -> [..., rows] in x's dtype; `op` picks the path, on a GPU by `paths`. raises ShapeMismatch"""
+    y: torch.Tensor = op.nf4_linear(x, weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps, paths)
     return y
 
 
 class Nf4Linear(torch.nn.Module):
-    """x [..., in_features] -> [..., out_features]."""
+    """x [..., in_features] -> [..., out_features].
+
+    paths   which path for how many rows of x, on a GPU (halfbyte.runtime.linear.table)
+
+    Its tensors are in no state_dict: a layout is not a format. `to_bitsandbytes` gives what is saved.
+    """
 
     tiles: torch.Tensor
     codes: torch.Tensor
@@ -40,8 +46,9 @@ class Nf4Linear(torch.nn.Module):
     def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         for name in ("tiles", "codes", "nested", "groups", "maps"):
-            self.register_buffer(name, getattr(weight, name))
-        self.register_buffer("bias", bias)
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.paths = DEFAULT
         self.in_features, self.out_features = weight.columns, weight.rows
         self.blocksize, self.row_tiles, self.parts = weight.blocksize, weight.row_tiles, weight.parts
 
@@ -79,7 +86,7 @@ class Nf4Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = x W^T + bias, in x's dtype."""
-        y = nf4_linear(x, self.weight)
+        y = nf4_linear(x, self.weight, self.paths)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

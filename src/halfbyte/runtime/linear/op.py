@@ -1,12 +1,13 @@
 """torch.ops.halfbyte.nf4_linear: y = x W^T, by whichever path is right for the batch and the device.
 
-    CUDA, bf16, 1 to 64 rows of x     the kernel, 32 rows at a time (halfbyte.runtime.kernels)
-    CUDA, more rows                   the weight expanded into one reused buffer, then cuBLAS
+    CUDA, bf16                        what the weight's table says for so many rows of x (halfbyte.runtime.linear.table):
+                                      the kernel, 32 rows at a time (halfbyte.runtime.kernels), or
+                                      the weight expanded into one reused buffer, then cuBLAS
     CUDA, otherwise, 1 to 16 rows     a Triton kernel (halfbyte.runtime.linear.portable)
     anything else                     halfbyte.runtime.linear.reference
 
 A batch of 1 to 16 gives each of its rows the bits it would have alone. The op has a fake, so torch.compile and CUDA graphs take it as
-one node; it has no gradient.
+one node; it has no gradient, and says so.
 
 The catch: without NVRTC, or on a GPU older than Ampere, the kernels are off: slower paths are taken, with one warning.
 """
@@ -15,15 +16,13 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 
-from halfbyte.errors import ShapeMismatch
+from halfbyte.errors import ShapeMismatch, UsageError
 from halfbyte.runtime.kernels.build import NoCompiler
-from halfbyte.runtime.linear import portable, reference
-
-#: rows of x up to which the weight is read by the kernel, once for each 32
-MOST_KERNEL_ROWS = 64
+from halfbyte.runtime.linear import portable, reference, table
 
 
 @torch.library.custom_op("halfbyte::nf4_linear", mutates_args=())
@@ -34,12 +33,15 @@ def nf4_linear(
     nested: torch.Tensor,
     groups: torch.Tensor,
     maps: torch.Tensor,
+    paths: str = table.DEFAULT,
 ) -> torch.Tensor:
     """x [..., columns] -> [..., rows] in x's dtype; the other tensors are those of `Nf4Weight`.
 
-    raises  ShapeMismatch if x has not the weight's columns
+    paths   which path for how many rows, on a GPU (halfbyte.runtime.linear.table)
+    raises  ShapeMismatch if x has not the weight's columns, UsageError if `paths` is no table
     """
     check_columns(x, tiles, codes, groups)
+    table.steps(paths)
     return reference.linear(x, tiles, codes, nested, groups, maps)
 
 
@@ -51,8 +53,18 @@ def _(
     nested: torch.Tensor,
     groups: torch.Tensor,
     maps: torch.Tensor,
+    paths: str = table.DEFAULT,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], tiles.shape[0]))
+
+
+def _no_gradient(context: object, *gradients: torch.Tensor) -> None:
+    raise UsageError(
+        "this layer has no gradient", where="nf4_linear", todo="train with bitsandbytes' layers: load(..., fast=False)"
+    )
+
+
+nf4_linear.register_autograd(_no_gradient)
 
 
 @nf4_linear.register_kernel("cuda")
@@ -63,37 +75,38 @@ def _(
     nested: torch.Tensor,
     groups: torch.Tensor,
     maps: torch.Tensor,
+    paths: str = table.DEFAULT,
 ) -> torch.Tensor:
     check_columns(x, tiles, codes, groups)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     reason = "x is not bf16" if x.dtype != torch.bfloat16 else why_no_kernel(x.device)
-    if reason is None:
-        y = _by_kernel(flat, tiles, codes, nested, groups, maps)
+    path = table.path_for(paths, flat.shape[0])
+    if reason is None and path != "triton":
+        y = _by_kernel(flat, launch_tensors(tiles, codes, nested, groups, maps), path)
     else:
-        if x.dtype == torch.bfloat16:
+        if x.dtype == torch.bfloat16 and reason is not None:
             _warn_once(reason)
         with torch.cuda.device(x.device):
             y = (portable if portable.takes(flat) else reference).linear(flat, tiles, codes, nested, groups, maps)
     return y.view(*x.shape[:-1], tiles.shape[0])
 
 
-def _by_kernel(
-    flat: torch.Tensor,
-    tiles: torch.Tensor,
-    codes: torch.Tensor,
-    nested: torch.Tensor,
-    groups: torch.Tensor,
-    maps: torch.Tensor,
-) -> torch.Tensor:
+def launch_tensors(*tensors: torch.Tensor) -> Any:
+    """The weight as the kernels take it; imported late, since most machines have no GPU."""
     from halfbyte.runtime.kernels import launch
 
-    weight = launch.Tensors(tiles, codes, nested, groups, maps)
+    return launch.Tensors(*tensors)
+
+
+def _by_kernel(flat: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
+    from halfbyte.runtime.kernels import launch
+
     if flat.data_ptr() % 16:
         flat = flat.clone()
     rows = flat.shape[0]
     if rows == 0:
         y = flat.new_empty(0, weight.rows)
-    elif rows <= MOST_KERNEL_ROWS:
+    elif path == "kernel":
         y = flat.new_empty(rows, weight.rows)
         for piece, place in zip(flat.split(32), y.split(32), strict=True):
             launch.linear(piece, weight, out=place)

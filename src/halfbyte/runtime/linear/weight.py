@@ -60,23 +60,35 @@ class Nf4Weight:
         names = ("tiles", "codes", "nested", "groups", "maps")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def part(self, index: int) -> Nf4Weight:
+        """One part of the stack, ready to multiply with: views, nothing is copied."""
+        part = self.parts[index]
+        row = sum(before.rows for before in self.parts[:index])
+        rows, blocks = slice(row, row + part.rows), self.columns // self.blocksize
+        height = layout.TILE_ROWS * self.row_tiles
+        return replace(
+            self,
+            tiles=self.tiles[rows],
+            codes=self.codes[rows.start * blocks : rows.stop * blocks],
+            groups=self.groups[rows.start // height : rows.stop // height],
+            rows=part.rows, parts=(part,),
+        )  # fmt: skip
+
+    def stored_part(self, index: int) -> StoredWeight:
+        """One part as bitsandbytes stores it, bit for bit what it was made from."""
+        part, own = self.parts[index], self.part(index)
+        sizes = [_nested_groups(p.rows * self.columns // self.blocksize) for p in self.parts]
+        first = sum(sizes[:index])
+        return StoredWeight(
+            layout.untile(own.tiles, part.rows, self.row_tiles),
+            layout.untile_codes(own.codes, part.rows, self.row_tiles, layout.TILE_COLUMNS // self.blocksize),
+            self.nested[first : first + sizes[index]].clone(), self.maps[index].clone(),
+            part.state, part.rows, self.columns, self.blocksize, part.offset,
+        )  # fmt: skip
+
     def to_stored(self) -> list[StoredWeight]:
         """The parts as bitsandbytes stores them, bit for bit what they were made from."""
-        subs = layout.TILE_COLUMNS // self.blocksize
-        packed = layout.untile(self.tiles, self.rows, self.row_tiles).view(self.rows, -1)
-        codes = layout.untile_codes(self.codes, self.rows, self.row_tiles, subs).view(self.rows, -1)
-        found, row, first = [], 0, 0
-        for index, part in enumerate(self.parts):
-            end, groups = row + part.rows, _nested_groups(part.rows * self.columns // self.blocksize)
-            found.append(
-                StoredWeight(
-                    packed[row:end].reshape(-1).clone(), codes[row:end].reshape(-1).clone(),
-                    self.nested[first : first + groups].clone(), self.maps[index].clone(),
-                    part.state, part.rows, self.columns, self.blocksize, part.offset,
-                )
-            )  # fmt: skip
-            row, first = end, first + groups
-        return found
+        return [self.stored_part(index) for index in range(len(self.parts))]
 
 
 def weight_from(stored: Sequence[StoredWeight]) -> Nf4Weight:

@@ -1,0 +1,385 @@
+"""How many tokens a second does a Gemma 4 in NF4 decode, by stock transformers and by ours, and how many would the memory allow?
+
+    python benchmarks/decode.py --shape 31b                      about 3 minutes on an H200 with its build
+    python benchmarks/decode.py --shape 12b --compiled           also transformers' compiled generate: minutes more
+    python benchmarks/decode.py --config config.json             any Gemma 4 text config (the file's own, or its text_config)
+    python benchmarks/decode.py --tiny                           proves on a CPU that this script runs; its figures mean nothing
+
+Weights are random, in the shape of the real model: the skeleton is made with its linears on meta, each is then filled with random
+codes and scales in bitsandbytes' own structures, on the device. So every row's bitsandbytes is the released one. First
+its rows are measured, then its linears are replaced in place by `halfbyte.runtime.loading`, as `halfbyte.load` does.
+
+A rate is rows * (long - short) / (seconds of long - seconds of short): two generations that differ in their new tokens only, so the
+prompt costs nothing. Median and range over repeats. The ceiling is the time in which the memory copies (reads and writes, measured first) as many
+bytes as a token must read: all weights, the embedding once, as the head. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from runtime.stored_weights import draw
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+#: what all Gemma 4 have in common
+COMMON: dict[str, Any] = {
+    "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072, "enable_moe_block": False, "pad_token_id": 0,
+    "tie_word_embeddings": True, "attention_bias": False, "vocab_size_per_layer_input": 262144,
+    "rope_parameters": {
+        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}  # fmt: skip
+#: the sizes of the published text models; every sixth layer attends to everything
+SHAPES: dict[str, dict[str, Any]] = {
+    "31b": {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
+    },
+    "12b": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
+    },
+    "e4b": {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "attention_k_eq_v": False, "sliding_window": 512, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18,
+    },
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 64, "hidden_size_per_layer_input": 0,
+        "head_dim": 32, "global_head_dim": 64, "vocab_size": 2048,
+    },
+}  # fmt: skip
+PROMPT = 16
+
+
+@dataclass
+class Bench:
+    """A model and what is asked of it."""
+
+    model: Any
+    device: str
+    new_tokens: tuple[int, int]
+    repeats: int
+
+    def prompt(self, rows: int) -> torch.Tensor:
+        """Random tokens [rows, PROMPT]."""
+        return torch.randint(10, self.model.config.vocab_size, (rows, PROMPT), device=self.device)
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Of one run, with all of the device's work in it."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def replace(self, fast: Any) -> dict[str, Any]:
+        """Our linears in place of bitsandbytes', as `halfbyte.load` does it; seconds and the most memory it took."""
+        from halfbyte.runtime.loading.checkpoint import choose_linears
+
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self.seconds(lambda: choose_linears(self.model, self.device, fast))
+        report = self.model.halfbyte
+        peak = torch.cuda.max_memory_allocated() if self.device != "cpu" else None
+        memory = "" if peak is None else f", peak {peak / 2**30:.2f} GiB"
+        print(f"replaced in {seconds:.1f} s, {report.measuring_s:.1f} of it timing{memory}: {report.summary()}")
+        return {"seconds": round(seconds, 2), "measuring_s": round(report.measuring_s, 2), "peak_gpu_bytes": peak}
+
+    def wait(self) -> None:
+        """For the GPU."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def rates(self, run: Callable[[int], Any], rows: int) -> list[float]:
+        """Tokens a second of all rows together, for each repeat; run(n) makes n new tokens."""
+        short, long = self.new_tokens
+        run(short)
+        return [
+            rows * (long - short) / (self.seconds(lambda: run(long)) - self.seconds(lambda: run(short)))
+            for _ in range(self.repeats)
+        ]
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    """The text config asked for."""
+    from transformers import Gemma4TextConfig
+
+    if options.config:
+        body = json.loads(options.config.read_text(encoding="utf-8"))
+        return Gemma4TextConfig(**body.get("text_config", body))
+    sizes = COMMON | SHAPES["tiny" if options.tiny else options.shape]
+    layers = sizes["num_hidden_layers"]
+    return Gemma4TextConfig(**sizes, layer_types=[SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
+
+
+@contextmanager
+def linears_on_meta() -> Iterator[None]:
+    """nn.Linear without memory, everything else where it belongs."""
+    init = torch.nn.Linear.__init__
+
+    def without_memory(self: Any, i: int, o: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        init(self, i, o, bias, "meta", dtype)
+
+    torch.nn.Linear.__init__ = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Linear.__init__ = init  # type: ignore[method-assign]
+
+
+def build(config: Any, device: str) -> Any:
+    """The model on `device`, in bf16, its decoder's linears random NF4 of bitsandbytes; lm_head stays tied to the embedding."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import Gemma4ForCausalLM
+
+    with linears_on_meta(), torch.device(device):
+        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    for number, (name, linear) in enumerate([*model.model.named_modules()]):
+        if not isinstance(linear, torch.nn.Linear):
+            continue
+        new = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, True, "nf4", device="meta"
+        )
+        tensors = draw(linear.out_features, linear.in_features, number, device=device).to_dict()
+        packed = tensors.pop("weight")
+        new.weight = Params4bit.from_prequantized(packed, tensors, device=device, module=new)
+        new.support_avx512bf16_for_cpu = False  # on a CPU its first call would reorder the bytes for good
+        owner, _, child = name.rpartition(".")
+        setattr(model.model.get_submodule(owner), child, new)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, left
+    model.generation_config.eos_token_id = None  # random weights must not end early
+    return model.eval()
+
+
+def bytes_a_token(model: Any) -> int:
+    """Bytes of weights that a decoding step reads; of tables that are looked up in, nothing."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    looked_up -= {id(model.lm_head.weight)}
+    found = sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            found += state.absmax.nbytes + state.state2.absmax.nbytes
+    return found
+
+
+def copy_rate(device: str, gigabytes: float) -> float:
+    """Bytes read and written a second by a copy on the device."""
+    source = torch.zeros(int(gigabytes * 1e9) // 4, dtype=torch.int32, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        if device == "cpu":
+            start = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - start)
+        else:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            target.copy_(source)
+            last.record()
+            last.synchronize()
+            times.append(first.elapsed_time(last) / 1e3)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def by_generate(bench: Bench, rows: int, **settings: Any) -> list[float]:
+    """Through transformers' own generate."""
+    inputs = bench.prompt(rows)
+    mask = torch.ones_like(inputs)
+
+    def run(count: int) -> None:
+        bench.model.generate(
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            **settings,
+        )
+
+    return bench.rates(run, rows)
+
+
+def by_graph(bench: Bench, rows: int) -> list[float]:
+    """One step of transformers' forward with a static cache, captured in a CUDA graph and replayed: no host, no sampling."""
+    from transformers import StaticCache
+
+    if bench.device == "cpu":
+        raise NotMeasured("needs a GPU")
+    short, long = bench.new_tokens
+    room = PROMPT + 8 + bench.repeats * (long - short)
+    cache = StaticCache(config=bench.model.config, max_cache_len=room)
+    bench.model(input_ids=bench.prompt(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = bench.prompt(rows)[:, :1].contiguous()
+    place = torch.full((rows, 1), PROMPT, device=bench.device)
+
+    def step() -> torch.Tensor:
+        logits: torch.Tensor = bench.model(
+            input_ids=token, position_ids=place, past_key_values=cache, use_cache=True
+        ).logits
+        return logits
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    step()  # and once on this stream: the kernels' buffers belong to a stream
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay() -> None:
+        for _ in range(long - short):
+            graph.replay()
+
+    return [rows * (long - short) / bench.seconds(replay) for _ in range(bench.repeats)]
+
+
+def by_decode_loop(bench: Bench, rows: int) -> list[float]:
+    """The whole step as ours (halfbyte.runtime.decode)."""
+    try:
+        from halfbyte.runtime.decode.loop import Decoder
+    except ImportError:
+        raise NotMeasured("halfbyte.runtime.decode is not in this checkout") from None
+    inputs = bench.prompt(rows)
+    decoder = Decoder(bench.model, rows, PROMPT + bench.new_tokens[1] + 32)
+
+    def run(count: int) -> None:
+        for _ in decoder.tokens({"input_ids": inputs}, count, stops=()):
+            pass
+
+    return bench.rates(run, rows)
+
+
+class NotMeasured(Exception):
+    """Why a row has no figure."""
+
+
+def measure(
+    name: str, bench: Bench, rows: int, ceiling: float, way: Callable[[Bench, int], list[float]]
+) -> dict[str, Any]:
+    """One row, printed too. A row that fails says so and does not end the run."""
+    row: dict[str, Any] = {"row": name, "batch": rows}
+    if bench.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with torch.inference_mode():
+            found = way(bench, rows)
+    except Exception as error:  # a row must not end the run
+        why = str(error).strip().splitlines() or [""]
+        row["not_measured"] = (
+            f"{why[0][:200]}" if isinstance(error, NotMeasured) else f"{type(error).__name__}: {why[0][:200]}"
+        )
+        print(f"{name:34}{rows:6}  not measured: {row['not_measured']}")
+        return row
+    middle = statistics.median(found)
+    row |= {
+        "tokens_per_s": round(middle, 2), "min": round(min(found), 2), "max": round(max(found), 2), "n": len(found),
+        "ms_per_step": round(1e3 * rows / middle, 3), "percent_of_ceiling": round(100 * middle / (ceiling * rows), 1),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if bench.device != "cpu" else None,
+    }  # fmt: skip
+    memory = "" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 2**30:9.2f}"
+    span = f"{min(found):.1f}-{max(found):.1f}"
+    print(
+        f"{name:34}{rows:6}{middle:10.1f}{span:>16}{row['ms_per_step']:10.2f}{row['percent_of_ceiling']:8.1f}{memory}"
+    )
+    return row
+
+
+def rows_of(kind: str, compiled: bool) -> dict[str, Callable[[Bench, int], list[float]]]:
+    """Name -> way, for the model as it is: `stock` or `ours`."""
+    static: dict[str, Any] = {"cache_implementation": "static"}
+    found: dict[str, Callable[[Bench, int], list[float]]] = {
+        f"{kind} linears, generate": by_generate,
+        f"{kind} linears, static cache": lambda b, n: by_generate(b, n, **static, disable_compile=True),
+        f"{kind} linears, step in a graph": by_graph,
+    }
+    if compiled:
+        found[f"{kind} linears, compiled"] = lambda b, n: by_generate(b, n, **static)
+    if kind == "ours":
+        found["ours, decode loop"] = by_decode_loop
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, measure stock, replace, measure ours."""
+    device = "cpu" if options.tiny and not torch.cuda.is_available() else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("decode.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
+    torch.manual_seed(0)
+    rate = copy_rate(device, 0.05 if options.tiny else 2.0)
+    start = time.perf_counter()
+    model = build(config_of(options), device)
+    built, needed = time.perf_counter() - start, bytes_a_token(model)
+    ceiling = rate / needed
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(
+        f"{name}: copy {rate / 1e12:.3f} TB/s; {needed / 1e9:.2f} GB a token: ceiling {ceiling:.0f} tokens/s a row; built in {built:.1f} s"
+    )
+    print(
+        f"{'':34}{'batch':>6}{'tokens/s':>10}{'min-max':>16}{'ms/step':>10}{'% ceil':>8}{'GiB' if device == 'cuda' else '':>9}"
+    )
+    bench = Bench(model, device, tuple(options.new_tokens), options.repeats)
+    rows, replacing = [], {}
+    for kind in ("stock", "ours"):
+        if kind == "ours":
+            replacing = bench.replace(True if device == "cpu" else options.fast)
+        for label, way in rows_of(kind, options.compiled).items():
+            rows += [measure(label, bench, batch, ceiling, way) for batch in options.batches]
+    installed = ("torch", "transformers", "bitsandbytes", "triton", "cuda-bindings")
+    return {
+        "benchmark": "decode", "device": name, "shape": "tiny" if options.tiny else str(options.config or options.shape),
+        "copy_bytes_per_s": rate, "bytes_per_token": needed, "ceiling_tokens_per_s": round(ceiling, 1), "build_s": round(built, 1),
+        "replacement": model.halfbyte.to_dict() if options.names else model.halfbyte.summary(),
+        "replacing": replacing, "new_tokens": options.new_tokens,
+        "versions": {n: _version(n) for n in installed}, "rows": rows,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="31b")
+    parser.add_argument("--config", type=Path, help="config.json of a Gemma 4 instead of --shape")
+    parser.add_argument("--tiny", action="store_true", help="a few MB, also on a CPU, under a minute")
+    parser.add_argument("--compiled", action="store_true", help="also transformers' compiled generate (minutes)")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
+    parser.add_argument("--new-tokens", type=int, nargs=2, default=[8, 40], help="short and long generation")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--all-ours", dest="fast", action="store_const", const=True, default="auto",
+                        help="ours also where bitsandbytes is measured to be faster")  # fmt: skip
+    parser.add_argument("--names", action="store_true", help="every linear's name and reason in the JSON")
+    options = parser.parse_args()
+    if options.tiny:
+        options.new_tokens, options.repeats = [2, 6], min(options.repeats, 2)
+    print(json.dumps(run(options)))
+
+
+if __name__ == "__main__":
+    main()
