@@ -39,7 +39,7 @@ def gated_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> to
 
 def gated_kernel(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """The same by the kernel; rows may be strided, columns not."""
-    assert gate.stride(1) == 1 and up.stride(1) == 1
+    assert gate.stride(1) == up.stride(1) == 1
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     _gated[(triton.cdiv(width, BLOCK), rows)](
