@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.runtime.decode.kernels import attention, dense, gate, norm, rotary
+from halfbyte.runtime.decode.kernels import append, attention, dense, gate, norm, rotary
 from halfbyte.runtime.decode.kernels.norm import Norm
 from halfbyte.runtime.decode.kernels.rotary import HeadNorms, Target
+from halfbyte.runtime.decode.state import State
 
 needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 2e-2}}
@@ -115,10 +116,29 @@ def check_that_tokens_beside_it_do_not_change_a_query(device: str, dtype: torch.
             assert torch.equal(alone[0], together[3 * row + step])
 
 
+def check_append(device: str) -> None:
+    maker = torch.Generator().manual_seed(0)
+    for steps in (1, 5):
+        length = torch.randint(1, 9, (40,), generator=maker)
+        texts = [
+            State(*(t.to(device) for t in (
+                torch.zeros(40, 20, dtype=torch.int64), length.clone(), length + torch.randint(1, 7, (40,), generator=maker.clone_state()),
+                torch.arange(40) % 5 == 0, torch.zeros(40, dtype=torch.int64), torch.tensor([2, *[-1] * 15]), torch.zeros(40, 20),
+            )))
+            for _ in "ab"
+        ]  # fmt: skip
+        fed, chosen = (torch.randint(1, 4, (40, steps), generator=maker).to(device) for _ in "fc")
+        append.append_kernel(texts[0], fed, chosen)
+        append.append_reference(texts[1], fed, chosen)
+        for found, expected in zip(texts[0].tensors, texts[1].tensors, strict=True):
+            assert torch.equal(found, expected)
+
+
 def check(device: str, dtype: torch.dtype = torch.float32) -> None:
     torch.manual_seed(0)
     for part in (check_norms, check_gates, check_dense, check_rotary, check_attention):
         part(device, dtype)
+    check_append(device)
     check_that_tokens_beside_it_do_not_change_a_query(device, dtype)
 
 
@@ -197,5 +217,9 @@ def test_the_other_kernels_compile_for_a_gpu():
     pointers = bf16("x", "y", "out", "h", post="*fp32", following="*fp32")
     assert compiled(norm._add_norm, pointers, constants, ("scalar", "post_eps", "next_eps"), num_warps=16)
     assert compiled(gate._gated, bf16("gate", "up", "out"), {"which": 0, "block": 1024})
+    buffers = dict.fromkeys(("fed", "chosen", "history", "length", "limit", "counted", "stops"), "*i64") | {
+        "done": "*i1"
+    }
+    assert compiled(append._append, buffers, {"steps": 8, "wide": 8, "stops_n": 16}, num_warps=1)
     constants = {"has_bias": False, "capped": True, "block_m": 16, "block_n": 64, "block_k": 128}
     assert compiled(dense._dense, bf16("x", "weight", "bias", "y"), constants, ("cap",), num_stages=4)

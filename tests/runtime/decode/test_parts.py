@@ -12,10 +12,11 @@ from runtime.decode.small_decoders import gemma4_e
 from halfbyte.errors import UsageError
 from halfbyte.runtime.decode.cache import cache_bytes, new_cache
 from halfbyte.runtime.decode.description import describe
+from halfbyte.runtime.decode.kernels.append import append
 from halfbyte.runtime.decode.kernels.norm import Norm, normed
 from halfbyte.runtime.decode.sampling import Sampling, choose, seen_before, uniforms
 from halfbyte.runtime.decode.speculation import draft
-from halfbyte.runtime.decode.state import advance, begin, new_state
+from halfbyte.runtime.decode.state import begin, new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,17 +104,17 @@ def test_a_draft_is_what_followed_the_last_words_the_latest_and_longest_match_fi
 )
 def test_what_is_kept_of_a_step(fed, chosen, kept):
     state = begun([1, 3], stops=(2,))
-    advance(state, torch.tensor([fed]), torch.tensor([chosen]))
+    append(state, torch.tensor([fed]), torch.tensor([chosen]))
     length = int(state.length)
     assert state.history[0, 2:length].tolist() == kept
     assert bool(state.done) == (2 in kept)
-    advance(state, torch.tensor([[kept[-1], 1]]), torch.tensor([[1, 1]]))
+    append(state, torch.tensor([[kept[-1], 1]]), torch.tensor([[1, 1]]))
     assert int(state.length) - length == (0 if 2 in kept else 2)
 
 
 def test_nothing_is_kept_beyond_the_limit():
     state = begun([1, 3], [1, 2, 3], new=3)
-    advance(state, torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]), torch.tensor([[4, 5, 6, 7], [4, 5, 6, 7]]))
+    append(state, torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]), torch.tensor([[4, 5, 6, 7], [4, 5, 6, 7]]))
     assert (state.length.tolist(), state.done.tolist()) == ([5, 4], [True, False])
     assert state.steps.tolist() == [1, 1]
 

@@ -89,7 +89,8 @@ class Description:
 
     decoder   transformers' module: its embeddings are called as they are (they know their scales)
     ropes     name -> (inverse frequencies float32 [head_dim / 2], factor of cosine and sine)
-    stand_ins token ids that stand for pictures and sound: fed back as the padding token, as transformers does
+    stand_ins token ids that stand for pictures and sound
+    fed_as    int64 [vocabulary], token -> the token whose embedding it gets: padding for stand-ins, as in transformers; None if none
     """
 
     model: Any
@@ -102,7 +103,7 @@ class Description:
     vocabulary: int
     per_layer_width: int
     stand_ins: tuple[int, ...]
-    padding: int
+    fed_as: torch.Tensor | None
     dtype: torch.dtype
     device: torch.device
 
@@ -125,12 +126,16 @@ def describe(model: Any) -> Description:
     whole = model.config
     special = [getattr(whole, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
     stand_ins = tuple(i for i in special if isinstance(i, int)) if family == "gemma4" and whole is not config else ()
+    fed_as = None
+    if stand_ins:
+        fed_as = torch.arange(config.vocab_size, device=device)
+        fed_as[list(stand_ins)] = int(config.pad_token_id or 0)
     head = model.get_output_embeddings()
     _require(type(head) is torch.nn.Linear or callable(head), "it has no output head")
     return Description(
         model, decoder, layers, _ropes(decoder, layers), _norm(decoder.norm, family), head,
         getattr(config, "final_logit_softcapping", None), head.out_features,
-        int(getattr(config, "hidden_size_per_layer_input", 0) or 0), stand_ins, int(config.pad_token_id or 0),
+        int(getattr(config, "hidden_size_per_layer_input", 0) or 0), stand_ins, fed_as,
         decoder.embed_tokens.weight.dtype, device,
     )  # fmt: skip
 
@@ -168,7 +173,7 @@ def _check_config(config: Any, family: str) -> None:
 
 def _device_of(decoder: Any, model: Any) -> torch.device:
     tensors = [*decoder.parameters(), *decoder.buffers(), *model.get_output_embeddings().parameters()]
-    devices = {tensor.device for tensor in tensors}
+    devices: set[torch.device] = {tensor.device for tensor in tensors}
     _require(
         len(devices) == 1 and next(iter(devices)).type != "meta", f"its weights lie on {sorted(map(str, devices))}"
     )

@@ -28,10 +28,11 @@ from halfbyte.errors import UsageError
 from halfbyte.runtime.decode.cache import SPARE, cache_bytes, new_cache
 from halfbyte.runtime.decode.description import Description, describe
 from halfbyte.runtime.decode.graph import Recorded
+from halfbyte.runtime.decode.kernels.append import append
 from halfbyte.runtime.decode.prompt import CHUNK, fill, fill_by_model
 from halfbyte.runtime.decode.sampling import Sampling, choose, seen_before
 from halfbyte.runtime.decode.speculation import draft
-from halfbyte.runtime.decode.state import State, advance, begin, new_state
+from halfbyte.runtime.decode.state import State, begin, new_state
 from halfbyte.runtime.decode.step import logits_of
 
 Tokens = list[list[int]]
@@ -89,6 +90,11 @@ class Decoder:
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
         return cache_bytes(self.description, self.rows, self.capacity)
+
+    @torch.inference_mode()
+    def prepare(self, speculate: int = 0, sampling: Sampling | None = None) -> None:
+        """Record the step before it is needed, so that the first text does not wait for it."""
+        self._step(speculate + 1, sampling or Sampling())
 
     @torch.inference_mode()
     def tokens(
@@ -155,8 +161,8 @@ class Decoder:
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = seen_before(state.history, state.length, fed, logits.shape[-1])
-            u = state.u.gather(1, state.length[:, None] + at).reshape(-1)
-            advance(state, fed, choose(logits, sampling, u, seen).view(fed.shape))
+            u = state.u.gather(1, state.length[:, None] + at).reshape(-1) if sampling.do_sample else None
+            append(state, fed, choose(logits, sampling, u, seen).view(fed.shape))
 
         return step
 

@@ -55,10 +55,10 @@ def uniforms(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.stack(made)
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+def choose(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
     """int64 [n]: the token for each row of logits [n, vocabulary].
 
-    u     float64 [n], used when sampling
+    u     float64 [n]; None when greedy
     seen  bool [n, vocabulary], which tokens are penalized; None: none
     """
     scores = logits.float()
@@ -67,6 +67,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor, seen: torc
         scores = torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
     if not sampling.do_sample:
         return scores.argmax(-1)
+    assert u is not None
     scores = scores / sampling.temperature
     most = min(sampling.top_k, scores.shape[-1])
     values, ids = scores.topk(most) if most else scores.sort(dim=-1, descending=True, stable=True)

@@ -2,7 +2,7 @@
 
 The last three tokens (or two) are sought earlier in the row's text; what followed them there is the draft. A step then runs draft and
 all, T tokens instead of one: with kernels that cost the same for 1 to 16 rows that is nearly free, and every right draft saves a step.
-What is kept is only what plain decoding would have chosen (halfbyte.runtime.decode.state.advance), so a bad draft costs nothing but
+What is kept is only what plain decoding would have chosen (halfbyte.runtime.decode.kernels.append), so a bad draft costs nothing but
 itself: where nothing is found, whatever lies there is drafted.
 
     place of the match = the largest of (length of the match, position), position <= length - 3

@@ -6,7 +6,7 @@
     done     rows that ended, by a stop token or by the limit: they go on computing, but nothing of theirs moves
 
 A step feeds history[length - 1] (and drafts of what may follow), writes keys and values at position length - 1, and appends
-what it chose: positions advance on the device, the host only reads. All starts with the prompt less its last token in the cache.
+what it chose (halfbyte.runtime.decode.kernels.append): positions advance on the device, the host only reads. All starts with the prompt less its last token in the cache.
 """
 
 from __future__ import annotations
@@ -79,24 +79,3 @@ def begin(state: State, prompts: Sequence[Sequence[int]], new: int, stops: Seque
     state.steps.zero_()
     state.stops.copy_(torch.tensor([*stops, *[-1] * (MOST_STOPS - len(stops))]))
     state.u.copy_(uniforms(rows, width, seed))
-
-
-def advance(state: State, fed: torch.Tensor, chosen: torch.Tensor) -> None:
-    """Append what a step chose: fed, chosen int64 [rows, T].
-
-    chosen[:, 0] is right in any case. chosen[:, t] is right if every draft up to it was: fed[:, 1..t] == chosen[:, ..t-1]. Nothing is
-    kept behind a stop token or beyond the limit, nothing at all of a row that has ended.
-    """
-    steps = fed.shape[1]
-    at = torch.arange(steps, device=fed.device)
-    right = (fed[:, 1:] == chosen[:, :-1]).long().cumprod(-1).sum(-1) + 1
-    stop = (chosen[..., None] == state.stops).any(-1)
-    until_stop = torch.where(stop, at + 1, steps).amin(-1)
-    kept = torch.minimum(torch.minimum(right, until_stop), state.limit - state.length)
-    kept = kept.masked_fill(state.done, 0)
-    place = state.length[:, None] + at
-    state.history.scatter_(1, place, torch.where(at < kept[:, None], chosen, state.history.gather(1, place)))
-    state.steps.add_((~state.done).long())
-    state.length.add_(kept)
-    ended = (stop & (at < kept[:, None])).any(-1) | (state.length >= state.limit)
-    state.done.logical_or_(ended)

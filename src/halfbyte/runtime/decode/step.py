@@ -5,7 +5,7 @@ Launches a layer with fused products, in order:
     1 qkv | 2 norms, rotary, cache write | 3, 4 attention and its join | 5 o | 6 residual, norm, norm | 7 gate and up | 8 act * up
     9 down | 10 residual, norm, scalar, norm of the next layer
 
-10 launches (14 with per-layer inputs, 13 where q, k, v, gate and up are apart); around the layers about 30: embeddings, angles, lm_head, choice.
+10 launches (14 with per-layer inputs, 13 where q, k, v, gate and up are apart); around the layers about 25: embeddings, angles, lm_head, choice, append.
 
 `through_layers` knows nothing of how attention is done: a step reads the cache (`mix_with_cache`), a prompt its own chunk as well
 (halfbyte.runtime.decode.prompt).
@@ -64,17 +64,17 @@ def angles_at(description: Description, places: torch.Tensor) -> Angles:
     found = {}
     for name, (frequencies, scaling) in description.ropes.items():
         turn = places[:, None].float() * frequencies
-        found[name] = ((turn.cos() * scaling).to(description.dtype), (turn.sin() * scaling).to(description.dtype))
+        cos, sin = turn.cos(), turn.sin()
+        if scaling != 1:
+            cos, sin = cos * scaling, sin * scaling
+        found[name] = cos.to(description.dtype), sin.to(description.dtype)
     return found
 
 
 def through_layers(description: Description, tokens: torch.Tensor, mix: Mix) -> torch.Tensor | None:
     """Normed hidden states behind the last layer, for tokens int64 [n]; None if `mix` ended the pass."""
-    if description.stand_ins:
-        stands = torch.zeros_like(tokens, dtype=torch.bool)
-        for number in description.stand_ins:
-            stands = stands | (tokens == number)
-        tokens = tokens.masked_fill(stands, description.padding)
+    if description.fed_as is not None:
+        tokens = description.fed_as[tokens]
     x = description.decoder.embed_tokens(tokens)
     inputs = per_layer_inputs(description, tokens, x)
     layers = description.layers

@@ -4,6 +4,7 @@
     rotary      norms of q, k, v, rotary embedding, and the write into the cache: one launch
     attention   decode attention split over the keys: two launches
     gate        act(gate) * up: one launch
+    append      what is kept of a step, appended to the text: one launch
     dense       x W^T with unquantized weights for up to 16 rows: lm_head and what was left in bf16
 
 On a GPU the Triton kernel runs, elsewhere the reference (`where.by_kernel` decides). Nothing here looks at values on the host, so
