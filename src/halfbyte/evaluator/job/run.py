@@ -16,7 +16,6 @@ from typing import Any
 
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError
-from halfbyte.evaluator import protocols
 from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.bases import Base, open_bases
 from halfbyte.evaluator.job.effects import effects_of, pairs_of
@@ -41,6 +40,7 @@ from halfbyte.evaluator.tasks.opening import open_tasks
 from halfbyte.evaluator.tasks.task import Task
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.records import read_record, write_record
+from halfbyte.texts import protocols
 
 #: changes when a reader of the record would have to
 RECORD_VERSION = 2

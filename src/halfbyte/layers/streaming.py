@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from halfbyte.evaluator.rows import Batch
-from halfbyte.evaluator.scoring.embedding import TokenEmbeddings
-from halfbyte.evaluator.scoring.head import Head, compare_head, make_head
-from halfbyte.evaluator.scoring.model import (
+from halfbyte.layers.embedding import TokenEmbeddings
+from halfbyte.layers.head import Head, compare_head, make_head
+from halfbyte.layers.model import (
     build_module,
     decoder_layers,
     disturb,
@@ -37,10 +36,11 @@ from halfbyte.evaluator.scoring.model import (
     move_buffers,
     take_scored,
 )
-from halfbyte.evaluator.scoring.places import Places
-from halfbyte.evaluator.scoring.recording import Call, final_norm, passing_through, record_calls
-from halfbyte.evaluator.scoring.residuals import Tap
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.places import Places
+from halfbyte.layers.recording import Call, final_norm, passing_through, record_calls
+from halfbyte.layers.rows import Batch
+from halfbyte.layers.tap import Tap
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.recipe.skeleton import build_skeleton
 

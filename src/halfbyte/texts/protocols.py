@@ -25,10 +25,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.texts import Chat, Document, words_and_bytes
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Weights
 from halfbyte.records import digest
+from halfbyte.texts.reading import Chat, Document, words_and_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
-from halfbyte.evaluator.vision.prompts import shows_picture
 
 ARTICLE = re.compile(r"(?m)^(?= = [^=].* = $)")
 HEADING = re.compile(r" = .* = ")
@@ -122,6 +121,15 @@ def read_chats(path: Path, limit: int | None = None) -> list[Chat]:
     if not chats:
         raise SourceError("no chats in it", where=str(path), todo='give lines of {"prompt": ..., "response": ...}')
     return chats
+
+
+def shows_picture(line: str) -> bool:
+    """Whether a line is a JSON object with an "image"."""
+    try:
+        body = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("image") is not None
 
 
 def _chat(line: str, where: str, number: str) -> Chat:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, SourceError
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.weights import Weights
 from halfbyte.recipe.areas import Areas
 from halfbyte.recipe.skeleton import Skeleton, model_names
 
