@@ -77,6 +77,10 @@ class Places:
         """Rows [begin, end) of the tensor for `key`, as far as there are any, in the model's dtype, on the CPU."""
         return self._cast(self.weights.load_rows(self._names[key], begin, min(end, self.shape(key)[0])), key)
 
+    def name(self, key: str) -> str:
+        """The name in the files of the tensor for `key`, which has one of its own."""
+        return self._names[key]
+
     def holder(self, key: str) -> str | None:
         """The key whose tensor `key` uses: itself, or the one it is tied to; None if the model's text part has no such key."""
         return key if key in self._names else self.tied.get(key)

@@ -117,7 +117,7 @@ def read_chats(path: Path, limit: int | None = None) -> list[Chat]:
         if limit is not None and len(chats) >= limit:
             break
         if line.strip() and not shows_picture(line):
-            chats.append(_chat(line, f"{path}, line {number}", str(number)))
+            chats.append(read_chat(line, f"{path}, line {number}", str(number)))
     if not chats:
         raise SourceError("no chats in it", where=str(path), todo='give lines of {"prompt": ..., "response": ...}')
     return chats
@@ -132,7 +132,7 @@ def shows_picture(line: str) -> bool:
     return isinstance(body, dict) and body.get("image") is not None
 
 
-def _chat(line: str, where: str, number: str) -> Chat:
+def read_chat(line: str, where: str, number: str) -> Chat:
     try:
         body = json.loads(line)
     except json.JSONDecodeError as error:
