@@ -68,6 +68,7 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
         }
         assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
     if name == "quantize":
+        options["fit"] = options["fit"] or ()
         assert {n: options.pop(n) for n in METHOD_OPTIONS} == asdict(Method())
         assert options.pop("preset") == "decoder-only"
     if name == "lm_eval":

@@ -48,6 +48,8 @@ def _method_options(method: Mapping[str, Any] | None) -> list[str]:
         for key in ("calibration_tokens", "max_new_tokens", "dtype", "batch", "seed"):
             words += [f"--{key.replace('_', '-')}", str(method[key])]
         words += [] if method["sequential"] else ["--no-sequential"]
+    for key, value in method.get("fit", {}).items():
+        words += ["--fit", f"{key}={str(value).lower()}"]
     return words
 
 

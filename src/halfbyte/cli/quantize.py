@@ -29,6 +29,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the source writes to a prompt of it.")] = 256,
     dtype: Annotated[str, typer.Option(help="Of calibration: float32, bfloat16; auto: float32 on a CPU.")] = "auto",
     batch: Annotated[int, typer.Option(help="Rows of calibration at a time.")] = 8,
+    fit: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of a fit: signed, weighted, candidates, refit, damping, order, sweeps; may be repeated.")
+    ] = None,
     sequential: Annotated[
         bool, typer.Option(help="Measure a linear's inputs behind the quantized ones of its own layer too.")
     ] = True,
@@ -54,6 +57,7 @@ def command(
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             batch=batch,
+            fit=fit or (),
             sequential=sequential,
             seed=seed,
         )

@@ -6,7 +6,7 @@ and a tensor can be read back from an unfinished shard: a resumed job computes w
 
 Beside the hashes stands what the fit was worth: its error and that of round to nearest, both weighed by what the linear reads:
 
-    sum over rows of (w - w^) H (w - w^)^T      H = mean of x x^T over the calibration's inputs x; without any: the identity
+    sum over rows of (w - w^) H (w - w^)^T / sum of w H w^T      H: mean of x x^T over calibration's inputs x; without any: 1
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from halfbyte.codec import NF4Tensor
-    from halfbyte.codec.fitting import Fit, Moments
+    from halfbyte.codec.fitting import Fit
+    from halfbyte.quantizer.layerwise import Inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,33 +70,37 @@ class FittedTensors:
         info = self.infos[name]
         return codec.dequantize(self._stored(name)).view(info.shape).to(self.device)
 
-    def fit(self, name: str, moments: Moments | None) -> torch.Tensor:
+    def fit(self, name: str, inputs: Inputs | None) -> torch.Tensor:
         """See `Store`; raises NonFiniteWeight, OutputError (disk full)"""
         import torch
 
         from halfbyte import codec
         from halfbyte.codec.fitting import fit_error, fit_weight
 
-        info, how = self.infos[name], self.fit_of(name, moments is not None)
+        info, how = self.infos[name], self.fit_of(name, inputs is not None)
         piece = self.source.read(info, 0, info.numel)
         check_finite(piece, info)
         source_sha256 = hashlib.sha256(memoryview(as_bytes(piece))).hexdigest()
         weight = piece.view(info.shape).to(self.device).to(torch.bfloat16)
-        inputs: dict[str, Any] = {}
-        if moments is not None:
-            inputs = {"mean_squares": moments.mean_squares, "hessian": moments.hessian}
-        nf4 = fit_weight(weight, how, **inputs)
+        seen: dict[str, Any] = (
+            {} if inputs is None else {"mean_squares": inputs.mean_squares, "hessian": inputs.hessian}
+        )
+        made = fit_weight(weight, how, threads=1, **seen)
+        nf4 = made.nf4
         rounded = codec.quantize(weight.reshape(-1), how.blocksize, threads=1)
         about = {
-            "inputs": "none" if moments is None else int(moments.count),
-            "error": fit_error(weight, nf4, **inputs),
-            "rtn_error": fit_error(weight, rounded, **inputs),
+            "method": made.method,
+            "inputs": "none" if inputs is None else inputs.tokens,
+            "error": fit_error(weight, nf4, **seen),
+            "rtn_error": fit_error(weight, rounded, **seen),
+            "damping": made.damping,
+            "notes": list(made.notes),
         }
         entry = self._write(info, nf4)
         self.journal.append({"tensor": name, "source_sha256": source_sha256, **entry, "fit": about})
         self.todo.discard(name)
         self.advance(info.nbytes)
-        return codec.dequantize(nf4).view(info.shape)
+        return codec.dequantize(nf4).view(info.shape).to(self.device)
 
     def _write(self, info: TensorInfo, nf4: NF4Tensor) -> dict[str, str]:
         target = self.places[info.name].file

@@ -21,6 +21,7 @@ from halfbyte.quantizer.fitted import FittedTensors, Place, gain_of
 from halfbyte.quantizer.journal import Journal
 from halfbyte.quantizer.method import Method
 from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.records import versions
 
 if TYPE_CHECKING:
     from halfbyte.codec.fitting import Fit
@@ -38,11 +39,9 @@ class Fitting:
     @property
     def detail(self) -> dict[str, Any]:
         """What, beside source and plan, the bytes depend on."""
-        from halfbyte.codec.fitting import VERSION
-
         options = {**asdict(self.method), "dtype": self.method.compute_dtype(self.device)}
         options["calibration"] = self.texts and {"name": self.texts.name, "sha256": self.texts.sha256}
-        return {**options, "version": VERSION, "device": self.device.partition(":")[0]}
+        return {**options, "version": versions()["halfbyte"], "device": self.device.partition(":")[0]}
 
     def run(self, source: Source, plan: Plan, places: Mapping[str, Place], journal: Journal) -> None:
         """Write every nf4 tensor that is due. raises as `quantize` does; PlanError if the decoder cannot be streamed"""
@@ -54,7 +53,10 @@ class Fitting:
         total, due = sum(i.nbytes for i in infos.values()), sum(infos[name].nbytes for name in todo)
         with track(f"fit ({self.method.method})", total) as advance:
             advance(total - due)
-            how = partial(self._fit_of, plan, decisions)
+
+            def how(name: str, measured: bool) -> Fit:
+                return self.method.fit_of(blocksize_of(plan, decisions[name]), measured=measured)
+
             store = FittedTensors(source, infos, places, journal, how, self.device, advance, todo)
             if self.texts is not None:
                 self._walk(source, store, journal)
@@ -88,26 +90,21 @@ class Fitting:
             )  # fmt: skip
         model = StreamedModel(weights, self.device, dtype)
         try:
-            moments = partial(Moments, device=self.device, hessian=method.method == "gptq")
+            moments = partial(Moments, full=method.method == "gptq", device=self.device)
             fit_layers(model, rows, set(store.infos), store, moments, batch=method.batch, sequential=method.sequential)
         finally:
             model.close()
 
-    def _fit_of(self, plan: Plan, decisions: Mapping[str, Decision], name: str, measured: bool) -> Fit:
-        from halfbyte.codec.fitting import Fit
-
-        method = self.method.method if measured else "scale"
-        return Fit(method=method, blocksize=blocksize_of(plan, decisions[name]))
-
     def record(self, journal: Journal) -> dict[str, Any]:
         """What the quantize record says of the method, its data and its worth."""
-        from halfbyte.codec.fitting import VERSION, Fit
-
         fits = {name: entry["fit"] for name, entry in journal.tensors.items() if entry.get("fit")}
         return {
             "name": self.method.method,
-            "version": VERSION,
-            "options": asdict(Fit(method=self.method.method)),
+            "fit": {
+                key: value
+                for key, value in asdict(self.method.fit_of(64, measured=True)).items()
+                if key not in ("method", "blocksize")
+            },
             "sequential": self.method.sequential if self.texts is not None else None,
             "dtype": self.method.compute_dtype(self.device) if self.texts is not None else None,
             "device": self.device.partition(":")[0],

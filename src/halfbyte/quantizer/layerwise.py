@@ -33,6 +33,20 @@ if TYPE_CHECKING:
     from halfbyte.codec.fitting import Moments
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What one group of linears reads, over all rows.
+
+    tokens        how many inputs were seen
+    mean_squares  float32 [columns]; None where there is a Hessian, whose diagonal it is
+    hessian       float32 [columns, columns], or None
+    """
+
+    tokens: int
+    mean_squares: torch.Tensor | None
+    hessian: torch.Tensor | None
+
+
 class Store(Protocol):
     """Where fitted tensors come from and go to."""
 
@@ -44,7 +58,7 @@ class Store(Protocol):
         """A written tensor as a loader will expand it: bfloat16 [rows, columns]."""
         ...
 
-    def fit(self, name: str, moments: Moments | None) -> torch.Tensor:
+    def fit(self, name: str, inputs: Inputs | None) -> torch.Tensor:
         """Fit the source's tensor to these inputs (None: it was never called), write it; returns what `load` will."""
         ...
 
@@ -138,7 +152,7 @@ def find_groups(layer: _Layer) -> list[Group]:
     return [Group(tuple(names), len(key)) for key, names in groups.items()]
 
 
-def _measure(layer: _Layer, groups: Sequence[Group], new_moments: Callable[[int], Moments]) -> list[Moments | None]:
+def _measure(layer: _Layer, groups: Sequence[Group], new_moments: Callable[[int], Moments]) -> list[Inputs | None]:
     """What each group is handed, over all rows; None if it never was. A pass ends where the last group was reached."""
     if not groups:
         return []
@@ -157,7 +171,14 @@ def _measure(layer: _Layer, groups: Sequence[Group], new_moments: Callable[[int]
         for item in layer.work:
             places = _places(item, layer.model.device)
             layer.run(item)
-    return [found if found.count else None for found in moments.values()]
+    return [_inputs(moments.pop(name)) for name in list(moments)]  # one at a time: a Hessian is a copy of its sum
+
+
+def _inputs(moments: Moments) -> Inputs | None:
+    if not moments.tokens:
+        return None
+    hessian = moments.hessian
+    return Inputs(moments.tokens, moments.mean_squares if hessian is None else None, hessian)
 
 
 @contextmanager

@@ -9,12 +9,15 @@ Data-free `scale` takes a tensor at a time. With calibration a model is walked d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import UsageError
+
+if TYPE_CHECKING:
+    from halfbyte.codec.fitting import Fit
 
 METHODS = ("rtn", "scale", "gptq")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -30,6 +33,7 @@ class Method:
     max_new_tokens      longest answer that the source writes to a prompt without one
     dtype               of the forward passes: `float32`, `bfloat16`, or `auto`: float32 on the CPU, bfloat16 on a GPU
     batch               rows at a time
+    fit                 KEY=VALUE each: fields of halfbyte.codec.Fit but method and blocksize (docs/method.md says what they do)
     sequential          inside a layer, measure what a linear reads after those before it have been quantized
     seed                which texts are drawn
     """
@@ -40,12 +44,20 @@ class Method:
     max_new_tokens: int = 256
     dtype: str = "auto"
     batch: int = 8
+    fit: Sequence[str] = ()
     sequential: bool = True
     seed: int = 0
 
     @property
     def calibrated(self) -> bool:
         return self.calibration is not None
+
+    def fit_of(self, blocksize: int, *, measured: bool) -> Fit:
+        """How one tensor is fitted; one whose inputs were not measured by `scale`, which needs none."""
+        from halfbyte.codec.fitting import Fit
+
+        method: Any = self.method if measured else "scale"
+        return Fit(method=method, blocksize=blocksize, **_settings(self.fit))
 
     def compute_dtype(self, device: str) -> str:
         if self.dtype != "auto":
@@ -62,7 +74,8 @@ def method_of(options: Mapping[str, Any]) -> Method:
         raise UsageError(
             f"unknown option {min(unknown)!r}", where="quantize", todo=f"known: {', '.join(METHOD_OPTIONS)}"
         )
-    made = Method(**options)
+    fit = options.get("fit", ())
+    made = Method(**{**options, "fit": (fit,) if isinstance(fit, str) else tuple(fit or ())})
     if made.method not in METHODS:
         raise UsageError(f"unknown method {made.method!r}", where="--method", todo=f"known: {', '.join(METHODS)}")
     if made.dtype not in DTYPES:
@@ -79,5 +92,28 @@ def method_of(options: Mapping[str, Any]) -> Method:
             todo="add --method scale or --method gptq",
         )
     if made.method == "gptq" and not made.calibrated:
-        return Method(**{**options, "calibration": "builtin"})
+        made = replace(made, calibration="builtin")
+    _settings(made.fit)
     return made
+
+
+def _settings(given: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE to values of the field's own type; raises UsageError for a name that is none or a value of another type."""
+    if not given:
+        return {}
+    from halfbyte.codec.fitting import Fit
+
+    kinds: dict[str, Any] = {
+        each.name: type(each.default) for each in fields(Fit) if each.name not in ("method", "blocksize")
+    }
+    words = {"true": True, "false": False}
+    found: dict[str, Any] = {}
+    for each in given:
+        key, _, value = each.partition("=")
+        if key not in kinds:
+            raise UsageError(f"unknown setting {key!r}", where="--fit", todo=f"known: {', '.join(kinds)}")
+        try:
+            found[key] = words[value] if kinds[key] is bool else kinds[key](value)
+        except (KeyError, ValueError):
+            raise UsageError(f"{each!r}", where="--fit", todo=f"{key} is a {kinds[key].__name__}") from None
+    return found

@@ -1,7 +1,7 @@
 """Fitted weights against the source: what can be held against it where codes are not a function of the weight alone.
 
     derived again   without data (`fit.inputs` is "none") a fit is deterministic: the codec runs again and must give the file's bytes,
-                    on the kind of device that wrote them (sums differ between kinds)
+                    on the kind of device and by the version of halfbyte that wrote them (sums differ between kinds)
     nearest         method `scale`: whatever the scales, every code is the nearest to its weight
     bound           every method: the error is at most BOUND of the weight's power. Round to nearest makes about 0.0085, error
                     compensation more (it trades error nobody reads for error that is read); another tensor's codes would make 2
@@ -22,6 +22,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.format.checkpoint import SafetensorsSource
 from halfbyte.format.tensors import Source, TensorInfo
 from halfbyte.progress import track
+from halfbyte.records import versions
 from halfbyte.verifier.checks import Check, Fault, skipped, verdict
 from halfbyte.verifier.layout import Weight, read_nested
 
@@ -46,7 +47,8 @@ def check_fitted(
     if source is None:
         return skipped(CHECK, "no source to hold the codes against"), []
     method, origin = record["method"], {info.name: info for info in source.tensors}
-    again = device if device.partition(":")[0] == method["device"] else None
+    same_code = record.get("versions", {}).get("halfbyte") == versions()["halfbyte"]
+    again = device if same_code and device.partition(":")[0] == method["device"] else None
     faults: list[Fault] = []
     rows: list[dict[str, Any]] = []
     derived = 0
@@ -142,13 +144,11 @@ def _derive_again(
     """Fit the weight again and hold all its bytes against the file's."""
     import torch
 
-    from halfbyte.codec.fitting import VERSION, Fit, fit_weight
+    from halfbyte.codec.fitting import Fit, fit_weight
 
-    if method["version"] != VERSION:
-        return [Fault(f"was fitted by version {method['version']} of the codec, this is {VERSION}", weight.name)]
-    how = Fit(**{**method["options"], "method": "scale", "blocksize": weight.blocksize})
+    how = Fit(**{**method["fit"], "method": "scale", "blocksize": weight.blocksize})
     original = source.read(info, 0, info.numel).view(info.shape).to(device).to(torch.bfloat16)
-    derived = fit_weight(original, how)
+    derived = fit_weight(original, how, threads=1).nf4
     stored = read_nested(reader, weight)
     codes = reader.read(weight.parts[""], 0, -(-weight.numel // 2)).view(-1)
     faults = []
