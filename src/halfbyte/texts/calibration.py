@@ -252,8 +252,12 @@ def text_hashes(text: str) -> set[str]:
 
 def chat_hashes(chat: Chat) -> set[str]:
     """What a chat is recognised by: the whole of what its user says last, and its paragraphs."""
-    asked = chat.messages[-1]["content"]
-    return text_hashes(asked) | {_digest(_normal(asked))}
+    return prompt_hashes(chat.messages[-1]["content"])
+
+
+def prompt_hashes(prompt: str) -> set[str]:
+    """As `chat_hashes`, of the prompt alone."""
+    return text_hashes(prompt) | {_digest(_normal(prompt))}
 
 
 def shared_documents(documents: Iterable[tuple[str, set[str]]], known: Sequence[str]) -> list[str]:
