@@ -93,7 +93,8 @@ def method_of(options: Mapping[str, Any]) -> Method:
         )
     if made.method == "gptq" and not made.calibrated:
         made = replace(made, calibration="builtin")
-    _settings(made.fit)
+    if made.fit:
+        made.fit_of(64, measured=True)  # raises, in the codec's own words
     return made
 
 
