@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from halfbyte.codec import NF4Tensor
     from halfbyte.codec.fitting import Fit
     from halfbyte.quantizer.layerwise import Inputs
+
+
+#: rows of a weight in hand at a time where errors are measured
+_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ class FittedTensors:
         import torch
 
         from halfbyte import codec
-        from halfbyte.codec.fitting import fit_error, fit_weight
+        from halfbyte.codec.fitting import fit_weight
 
         info, how = self.infos[name], self.fit_of(name, inputs is not None)
         piece = self.source.read(info, 0, info.numel)
@@ -88,11 +92,12 @@ class FittedTensors:
         made = fit_weight(weight, how, threads=1, **seen)
         nf4 = made.nf4
         rounded = codec.quantize(weight.reshape(-1), how.blocksize, threads=1)
+        error, rtn_error = output_errors(weight, (nf4, rounded), inputs)
         about = {
             "method": made.method,
             "inputs": "none" if inputs is None else inputs.tokens,
-            "error": fit_error(weight, nf4, **seen),
-            "rtn_error": fit_error(weight, rounded, **seen),
+            "error": error,
+            "rtn_error": rtn_error,
             "damping": made.damping,
             "notes": list(made.notes),
         }
@@ -130,6 +135,32 @@ class FittedTensors:
             part(".nested_quant_map", torch.float32),
         )  # fmt: skip
         return NF4Tensor(part("", torch.uint8), scales, self.infos[name].numel, state["blocksize"])
+
+
+def output_errors(weight: torch.Tensor, candidates: Sequence[NF4Tensor], inputs: Inputs | None) -> list[float]:
+    """The share of the layer's output (mean square) that is error, of each candidate for `weight` [rows, columns].
+
+    As halfbyte.codec.fit_error, of several at once and in float32: it is said to four digits, and the Hessian's copy in float64 would be
+    the largest tensor of the job. Sums in float64.
+    """
+    import torch
+
+    from halfbyte import codec
+
+    def energy(rows: torch.Tensor) -> float:
+        pushed = rows
+        if inputs is not None:
+            pushed = rows * inputs.mean_squares if inputs.hessian is None else rows @ inputs.hessian
+        return float((pushed * rows).sum(dtype=torch.float64))
+
+    restored = [codec.dequantize(nf4, torch.float32).view(weight.shape) for nf4 in candidates]
+    total, lost = 0.0, [0.0] * len(candidates)
+    for begin in range(0, len(weight), _ROWS):
+        rows = weight[begin : begin + _ROWS].float()
+        total += energy(rows)
+        for at, each in enumerate(restored):
+            lost[at] += energy(rows - each[begin : begin + _ROWS].to(rows.device))
+    return [each / total if total > 0 else 0.0 for each in lost]
 
 
 def gain_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from halfbyte.records import versions
 
 if TYPE_CHECKING:
     from halfbyte.codec.fitting import Fit
+    from halfbyte.layers.weights import PlainWeights
     from halfbyte.texts.calibration import Calibration
 
 
@@ -65,13 +66,20 @@ class Fitting:
 
     def _walk(self, source: Source, store: FittedTensors, journal: Journal) -> None:
         """Fit the linears of the decoder layers, and keep in the journal what rows they were fitted on."""
+        from halfbyte.layers.weights import PlainWeights
+
+        weights = PlainWeights(source)
+        try:
+            self._walk_over(weights, store, journal)
+        finally:
+            weights.forget_scratch()
+
+    def _walk_over(self, weights: PlainWeights, store: FittedTensors, journal: Journal) -> None:
         from halfbyte.codec.fitting import Moments
         from halfbyte.layers.streaming import StreamedModel
-        from halfbyte.layers.weights import PlainWeights
         from halfbyte.quantizer.layerwise import fit_layers
         from halfbyte.texts.calibration import Writing, calibration_rows
 
-        weights = PlainWeights(source)
         method, dtype = self.method, self.method.compute_dtype(self.device)
         writing = Writing(method.max_new_tokens, self.device, dtype, method.batch, journal.work)
         assert self.texts is not None, "a walk has rows"
