@@ -30,7 +30,7 @@ class Fit:
     candidates  scales tried per block and sign
     refit       rounds of least squares after the search: best scale for these codes, nearest codes for that scale
     damping     `gptq`: this share of the Hessian's mean diagonal is added to its diagonal, 0.01 as in the paper
-    order       `gptq`: columns left to right, or those with the largest inputs first
+    order       `gptq`: columns left to right (`natural`), or blocks, and columns within them, of the largest inputs first
     sweeps      `gptq`: rounds of coordinate descent on codes and scales after compensation
     """
 
@@ -41,8 +41,8 @@ class Fit:
     candidates: int = 16
     refit: int = 2
     damping: float = 0.01
-    order: Order = "natural"
-    sweeps: int = 2
+    order: Order = "activation"
+    sweeps: int = 4
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
