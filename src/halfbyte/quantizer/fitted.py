@@ -149,8 +149,10 @@ def output_errors(weight: torch.Tensor, candidates: Sequence[NF4Tensor], inputs:
 
     def energy(rows: torch.Tensor) -> float:
         pushed = rows
-        if inputs is not None:
-            pushed = rows * inputs.mean_squares if inputs.hessian is None else rows @ inputs.hessian
+        if inputs is not None and inputs.hessian is not None:
+            pushed = rows @ inputs.hessian
+        elif inputs is not None and inputs.mean_squares is not None:
+            pushed = rows * inputs.mean_squares
         return float((pushed * rows).sum(dtype=torch.float64))
 
     restored = [codec.dequantize(nf4, torch.float32).view(weight.shape) for nf4 in candidates]

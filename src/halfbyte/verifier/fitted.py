@@ -2,7 +2,7 @@
 
     derived again   without data (`fit.inputs` is "none") a fit is deterministic: the codec runs again and must give the file's bytes,
                     on the kind of device and by the version of halfbyte that wrote them (sums differ between kinds)
-    nearest         method `scale`: whatever the scales, every code is the nearest to its weight
+    nearest         a tensor fitted by `scale`: whatever the scales, every code is the nearest to its weight
     bound           every method: the error is at most BOUND of the weight's power. Round to nearest makes about 0.0085, error
                     compensation more (it trades error nobody reads for error that is read); another tensor's codes would make 2
 
@@ -58,7 +58,7 @@ def check_fitted(
             if info is not None and info.shape == weight.shape:
                 stated = record["tensors"].get(weight.name, {}).get("fit")
                 free = stated is not None and stated["inputs"] == "none"
-                nearest = free or method["name"] == "scale"
+                nearest = free or (stated or method).get("method", method["name"]) == "scale"
                 try:
                     found, wrong = _compare(reader, weight, source, info, nearest)
                     if free and again is not None:
