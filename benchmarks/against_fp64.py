@@ -33,11 +33,11 @@ from scipy.special import log_softmax, rel_entr
 from wikitext_windows import add_options, inputs, sha256, window_rows
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluator.protocols import load_tokenizer
-from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring.scorer import Scores, score
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import open_weights
 from halfbyte.records import versions
+from halfbyte.texts.protocols import load_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 F64 = torch.float64

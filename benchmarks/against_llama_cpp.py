@@ -34,13 +34,13 @@ import numpy as np
 from wikitext_windows import add_options, inputs, sha256, window_rows
 
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluator.protocols import load_tokenizer
-from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring.scorer import score
-from halfbyte.evaluator.weights import Weights, open_weights
 from halfbyte.format.gguf_header import read_gguf_header
 from halfbyte.format.gguf_model import draw_picture
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Weights, open_weights
 from halfbyte.records import versions
+from halfbyte.texts.protocols import load_tokenizer
 
 F32, NO_FLASH = 0, 0  # enum values of ggml_type and llama_flash_attn_type
 

@@ -27,11 +27,11 @@ from typing import Any
 import halfbyte
 from halfbyte.demo.smollm2 import smollm2_gguf
 from halfbyte.errors import HalfbyteError, SourceError
-from halfbyte.evaluator.protocols import load_tokenizer
-from halfbyte.evaluator.texts import Chat, read_chats
-from halfbyte.evaluator.traces import write_answers
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.weights import open_weights
 from halfbyte.records import versions, write_text_atomic
+from halfbyte.texts.protocols import load_tokenizer
+from halfbyte.texts.reading import Chat, read_chats
+from halfbyte.texts.traces import write_answers
 
 GRIDS = ("q4_0", "nf4")
 #: characters of Wikipedia a lesson: about 512 tokens

@@ -34,7 +34,7 @@ import halfbyte
 from halfbyte.cards.report import report
 from halfbyte.cards.report.words import figure_of, interval, percent, short_name
 from halfbyte.errors import HalfbyteError, OutputError
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.weights import open_weights
 
 SOUND = ("kld[assistant,on-policy]", "ppl[assistant-frame]")
 PUBLISHED = "ppl[raw,wikitext-80]"

@@ -31,11 +31,11 @@ import torch
 
 from halfbyte import codec
 from halfbyte.device import check_device
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.scoring.model import exact_float32
 from halfbyte.evaluator.scoring.scorer import POSITIONS
-from halfbyte.evaluator.scoring.streaming import StreamedModel
-from halfbyte.evaluator.weights import Weights, open_weights
+from halfbyte.layers.model import exact_float32
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.streaming import StreamedModel
+from halfbyte.layers.weights import Weights, open_weights
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import listening
 from halfbyte.recipe.skeleton import build_skeleton

@@ -18,8 +18,8 @@ import numpy as np
 
 from halfbyte.demo.smollm2 import smollm2_gguf
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.texts import wikitext_articles
+from halfbyte.layers.rows import Rows
+from halfbyte.texts.reading import wikitext_articles
 
 
 def add_options(parser: argparse.ArgumentParser, windows: int, length: int) -> None:

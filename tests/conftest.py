@@ -31,6 +31,16 @@ def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gemma4(tmp_path_factory.mktemp("source") / "tiny-gemma4")
 
 
+@pytest.fixture(scope="session")
+def tiny_nf4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `halfbyte.quantize` writes of the tiny Gemma 4."""
+    import halfbyte
+
+    out = tmp_path_factory.mktemp("nf4") / "tiny-gemma4-nf4"
+    halfbyte.quantize(tiny_gemma4, out)
+    return out
+
+
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch on one thread, here and in every child: for tests that load and ask models this small.

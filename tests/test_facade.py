@@ -14,6 +14,7 @@ from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
 from halfbyte.evaluator.harness import HARNESS_OPTIONS, HarnessSettings
 from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
+from halfbyte.quantizer.method import METHOD_OPTIONS, Method
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
 
@@ -70,6 +71,10 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
             for n, default in options.items()
         }
         assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
+    if name == "quantize":
+        options["fit"] = options["fit"] or ()
+        assert {n: options.pop(n) for n in METHOD_OPTIONS} == asdict(Method())
+        assert options.pop("preset") == "decoder-only"
     if name == "lm_eval":
         assert {n: options.pop(n) for n in HARNESS_OPTIONS} == asdict(HarnessSettings())
     if name == "generate":

@@ -33,6 +33,16 @@ def test_it_says_what_it_wrote_and_what_comes_next(run: Run, tiny_gemma4: Path, 
     assert not (out / WORK_FOLDER).exists()
 
 
+def test_a_fitted_checkpoint_says_how_and_what_it_was_worth(run: Run, tiny_gemma4: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("The mill by the river had eleven windows. " * 20)
+    outcome = run("quantize", tiny_gemma4, tmp_path / "out", "--method", "gptq", "--calibration", tmp_path / "own.txt",
+                  "--calibration-tokens", 300, "--fit", "candidates=2", "--fit", "sweeps=0", "--no-sequential")  # fmt: skip
+    assert outcome.code == 0
+    assert "method gptq: error compensation (GPTQ), calibrated on own.txt (sha256 " in outcome.out
+    assert "against round to nearest (geometric mean of 41 tensors" in outcome.out
+    assert "fit (gptq)" in outcome.err, "progress goes to stderr"
+
+
 def test_json_is_the_record_on_disk(run: Run, tiny_gemma4: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     record = json.loads(run("quantize", tiny_gemma4, out, "--json").out)

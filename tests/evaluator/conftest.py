@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from evaluator.small_rows import random_rows
+from layers.small_rows import random_rows
 
-import halfbyte
-from halfbyte.evaluator.rows import Rows
+from halfbyte.layers.rows import Rows
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +21,6 @@ def one_thread_for_all() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tiny_nf4(tiny_gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `halfbyte.quantize` writes of the tiny Gemma 4."""
-    out = tmp_path_factory.mktemp("nf4") / "tiny-gemma4-nf4"
-    halfbyte.quantize(tiny_gemma4, out)
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from halfbyte.demo import write_tiny_gemma4
 from halfbyte.errors import ShapeMismatch
 from halfbyte.evaluator.answering import Answerer
 from halfbyte.evaluator.answers import Question, answer_questions
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.weights import open_weights
 
 
 def asked(answerer: Answerer, picture: object) -> list[tuple[int, ...]]:

@@ -144,7 +144,7 @@ def test_on_the_same_tokens_there_is_a_training_effect(tiny_gemma4: Path, other_
 
 
 def test_error_of_weights_is_found_where_it_is(record: dict[str, Any], tiny_gemma4: Path) -> None:
-    from halfbyte.evaluator.weights import open_weights
+    from halfbyte.layers.weights import open_weights
 
     candidates = {c["kind"]: c for base in record["bases"][:1] for c in base["candidates"]}
     assert set(candidates) == {"bf16", "NF4", "uniform"}

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluator.drawn_weights import DrawnWeights, config_of
-from evaluator.small_rows import random_rows
+from layers.drawn_weights import DrawnWeights, config_of
+from layers.small_rows import random_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from halfbyte.errors import SourceError
-from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring import pack
 from halfbyte.evaluator.scoring.pack import read_pack, write_pack
 from halfbyte.evaluator.scoring.scorer import Scores, keep_reference, score, score_against
-from halfbyte.evaluator.weights import Weights, open_weights
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Weights, open_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

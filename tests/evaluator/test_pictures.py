@@ -21,7 +21,6 @@ from halfbyte.cards.report.page import render as page_of
 from halfbyte.cli.text.evaluation import render
 from halfbyte.errors import PlanError, SourceError, UsageError
 from halfbyte.evaluator.job.settings import choose_protocols
-from halfbyte.evaluator.protocols import IMAGE
 from halfbyte.evaluator.scoring.pack import write_pack
 from halfbyte.evaluator.scoring.scorer import keep_reference
 from halfbyte.evaluator.vision import answers as written
@@ -29,7 +28,8 @@ from halfbyte.evaluator.vision import model as seeing
 from halfbyte.evaluator.vision.model import SeeingModel
 from halfbyte.evaluator.vision.prompts import read_picture_prompts
 from halfbyte.evaluator.vision.rows import PictureRows, load_processor, look, picture_rows, sees
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.weights import open_weights
+from halfbyte.texts.protocols import IMAGE
 
 END = 106  # <turn|>
 TEXT = "kld[assistant,on-policy]"

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluator.drawn_weights import DrawnWeights, config_of
-from evaluator.small_rows import random_rows
+from layers.drawn_weights import DrawnWeights, config_of
+from layers.small_rows import random_rows
 
 from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.figures import decibels, residual_of
 from halfbyte.evaluator.job.scoring import Machine, score_base
-from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring import residuals
-from halfbyte.evaluator.scoring.model import WholeModel
 from halfbyte.evaluator.scoring.residuals import Sample
 from halfbyte.evaluator.scoring.scorer import keep_reference, score_against
+from halfbyte.layers.model import WholeModel
+from halfbyte.layers.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: the planted error

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluator.small_rows import random_rows
+from layers.small_rows import random_rows
 
 from halfbyte.errors import PlanError, ShapeMismatch, SourceError, UsageError
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.scoring.model import Head, WholeModel
 from halfbyte.evaluator.scoring.scorer import Scores, score
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.model import Head, WholeModel
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import open_weights
 
 
 def run(reference: Path | str, specs: Sequence[Path | str], rows: Rows, **options: Any) -> Scores:
@@ -168,8 +168,8 @@ def test_gpu_agrees_with_cpu(tiny_llama: Path, dtype: str) -> None:
 @pytest.mark.real
 def test_smollm2_loses_something_to_nf4_and_nothing_to_itself(smollm2: Path) -> None:
     """One row of a sentence the model knows: perplexity far below that of its NF4, KLD above the floor."""
-    from halfbyte.evaluator.protocols import given_answers, load_tokenizer
-    from halfbyte.evaluator.texts import Chat
+    from halfbyte.texts.protocols import given_answers, load_tokenizer
+    from halfbyte.texts.reading import Chat
 
     reference = open_weights(smollm2)
     chat = Chat(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from evaluator.drawn_weights import DrawnWeights, config_of
+from layers.drawn_weights import DrawnWeights, config_of
 
 from halfbyte.cards.report.words import untouched
 from halfbyte.evaluator.diagnosis import untouched as module
 from halfbyte.evaluator.diagnosis.untouched import untouched_areas
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.weights import open_weights
 
 TOWER = "model.vision_tower.encoder.layers.1.self_attn.q_proj.linear.weight"
 

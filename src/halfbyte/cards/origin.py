@@ -28,12 +28,29 @@ def commands(evidence: Evidence, target: str) -> Markdown:
     )
     version = evidence.quantize.get("versions", {}).get("halfbyte")
     options = ["--preset", str(preset)] if preset else []
+    options += _method_options(evidence.quantize.get("method"))
     lines = [
         ["pip", "install", f"halfbyte=={version}" if version else "halfbyte"],
         ["halfbyte", "quantize", source, target, *options],
         ["halfbyte", "verify", target, "--source", source],
     ]
     return fence("\n".join(shlex.join(line) for line in lines), "sh")
+
+
+def _method_options(method: Mapping[str, Any] | None) -> list[str]:
+    """The options that ask for this method again; of a calibration file its name."""
+    if not method:
+        return []
+    words = ["--method", str(method["name"])]
+    calibration = method.get("calibration")
+    if calibration:
+        words += ["--calibration", str(calibration["name"])]
+        for key in ("calibration_tokens", "max_new_tokens", "dtype", "batch", "seed"):
+            words += [f"--{key.replace('_', '-')}", str(method[key])]
+        words += [] if method["sequential"] else ["--no-sequential"]
+    for key, value in method.get("fit", {}).items():
+        words += ["--fit", f"{key}={str(value).lower()}"]
+    return words
 
 
 def run_facts(evidence: Evidence) -> Markdown | None:

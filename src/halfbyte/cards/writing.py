@@ -16,6 +16,7 @@ from typing import Any
 from halfbyte.cards import front_matter, markdown, origin, proof, sections
 from halfbyte.cards.evidence import Evidence, gather
 from halfbyte.cards.inventory import Inventory, take_inventory
+from halfbyte.cards.method import method_words
 from halfbyte.cards.usage import AUTO_CLASSES, usage_snippet
 from halfbyte.errors import UsageError
 from halfbyte.records import write_text_atomic
@@ -95,6 +96,8 @@ def _made(evidence: Evidence, inventory: Inventory) -> dict[str, Any]:
         "notes": (plan or {}).get("notes", []),
         "skip_list": sections.skip_list(plan) if plan else None,
         "loader_table": sections.loader_table(plan) if plan else None,
+        "method": method_words(evidence.quantize),
+        "fitted": bool(evidence.quantize.get("method")),
         "blocksize": (plan or {}).get("blocksize"),
     }
 

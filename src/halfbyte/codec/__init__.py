@@ -12,9 +12,14 @@ Weights are flat: 1-d and contiguous. A tensor may be quantized in slices whose 
 results concatenate to the result of the whole. Only then may level 2 run, over all scales at once, since it needs their mean.
 
 All functions may be called from several threads at once.
+
+That is rounding to nearest. Codes and scales chosen to lose less, from calibration data, come from `fit_weight` (`fitting`), in
+the same NF4Tensor.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,14 +35,22 @@ from halfbyte.codec.codebook import (
 from halfbyte.codec.tensors import Nested, NF4Tensor
 from halfbyte.errors import NonFiniteWeight, ShapeMismatch, UsageError
 
+if TYPE_CHECKING:
+    from halfbyte.codec.fitting import Fit, Fitted, Moments, fit_error, fit_weight
+
 __all__ = [
     "BLOCKSIZES",
     "NESTED_BLOCKSIZE",
     "NF4_LEVELS",
+    "Fit",
+    "Fitted",
+    "Moments",
     "NF4Tensor",
     "Nested",
     "dequantize",
     "dequantize_blocks",
+    "fit_error",
+    "fit_weight",
     "nest_absmax",
     "nested_quant_map",
     "nf4_levels",
@@ -48,6 +61,16 @@ __all__ = [
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FITTING = ("Fit", "Fitted", "Moments", "fit_error", "fit_weight")
+
+
+def __getattr__(name: str) -> Any:
+    """Names of `fitting` are looked up there when first used: rounding to nearest does not pay for them."""
+    if name not in _FITTING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from halfbyte.codec import fitting
+
+    return getattr(fitting, name)
 
 
 def quantize_blocks(

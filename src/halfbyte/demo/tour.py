@@ -20,9 +20,9 @@ from halfbyte.demo.exam import write_exam
 from halfbyte.errors import CheckFailed
 from halfbyte.evaluator.job import evaluate
 from halfbyte.evaluator.job.settings import ON_POLICY
-from halfbyte.evaluator.protocols import IMAGE
 from halfbyte.quantizer.job import quantize
 from halfbyte.recipe.survey import plan
+from halfbyte.texts.protocols import IMAGE
 from halfbyte.verifier import sentences, verify
 
 TEXTS, PICTURES = 180, 100

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ShapeMismatch, SourceError
-from halfbyte.evaluator.weights import PlainWeights, Weights
+from halfbyte.layers.weights import PlainWeights, Weights
 
 
 def takes_images(weights: Weights) -> bool:
@@ -79,7 +79,7 @@ class Answerer:
 
     def _stop_as_traces_do(self, weights: Weights) -> None:
         """End answers at the tokens at which the answers of kld[assistant,on-policy] end."""
-        from halfbyte.evaluator.traces import stop_ids
+        from halfbyte.texts.traces import stop_ids
 
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.model.generation_config.eos_token_id = stop_ids(weights, tokenizer) or None
@@ -118,7 +118,7 @@ def _empty(skeleton: Any, dtype: str, device: str) -> Any:
     """The model with room for every tensor, tied ones sharing it; only its tables (rope, embedding scales) have values."""
     import torch
 
-    from halfbyte.evaluator.scoring.model import build_module, move_buffers
+    from halfbyte.layers.model import build_module, move_buffers
 
     model = build_module(skeleton, dtype, "sdpa")
     state = {key: torch.empty_like(value, device=device) for key, value in model.state_dict().items()}

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator.protocols import VERSIONS, load_tokenizer, tokenizer_facts
 from halfbyte.evaluator.scoring.pack import read_pack, write_pack
 from halfbyte.evaluator.scoring.scorer import KeptReference
-from halfbyte.evaluator.weights import Weights
 from halfbyte.format.shards import hash_file
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import note
+from halfbyte.texts.protocols import VERSIONS, load_tokenizer, tokenizer_facts
 
 if TYPE_CHECKING:
     import torch

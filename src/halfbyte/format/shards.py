@@ -196,6 +196,14 @@ class ShardFile:
             self._descriptor = -1
 
 
+def read_tensor(path: Path, shard: Shard, name: str) -> bytes:
+    """The bytes of the tensor `name` (no quant state) from a shard at `path`, finished or still being written."""
+    found = next(t for t in shard.tensors if t.name == name)
+    with path.open("rb") as file:
+        file.seek(8 + shard.header_bytes + found.offset)
+        return file.read(found.nbytes)
+
+
 def _write_failed(error: OSError, path: Path) -> OutputError:
     return OutputError(
         f"writing failed: {error.strerror}",

@@ -2,6 +2,9 @@
 
     open source -> plan -> lay out shards -> check place and room -> journal -> tensors -> companions -> config -> records
 
+Tensors are rounded or copied in slices by a pool of workers (`tensor_work`); those that another method than rtn fits are written
+first, one by one (`fitting`).
+
 Nothing is written before the plan, the skip list and the disk have been found good. After that the job may be killed at
 any byte: run again, it continues, and the result is byte-identical (see `journal`).
 """
@@ -13,6 +16,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +25,21 @@ from typing import Any
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError, UsageError
 from halfbyte.format.checkpoint import open_source
+from halfbyte.format.nf4_layout import component_sizes
 from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import note, track
 from halfbyte.quantizer import carry, target
+from halfbyte.quantizer.fitted import Place
+from halfbyte.quantizer.fitting import Fitting
 from halfbyte.quantizer.journal import Journal
+from halfbyte.quantizer.method import method_of
 from halfbyte.quantizer.tensor_work import Stopped, TensorWork
 from halfbyte.recipe.decisions import Decision, Plan
 from halfbyte.recipe.probe import QUICK_SAMPLE, QUICK_TENSORS, probe
 from halfbyte.records import digest, write_record
+from halfbyte.texts.calibration import read_calibration
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,33 +48,37 @@ def quantize(
     source: str | Path,
     out: str | Path,
     *,
-    preset: str | Path = "decoder-only",
     device: str = "cpu",
     max_shard_size: str = "5GB",
     allow_disagreement: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write the NF4 checkpoint of `source` into the folder `out`; returns the quantize record.
 
     source              folder, .gguf file or hub id
-    preset              `decoder-only`, `unsloth`, or the path of a TOML file
-    device              `cpu` or `cuda[:N]`: where the codec runs; the bytes are the same
+    device              `cpu` or `cuda[:N]`: where the codec runs; the bytes of rtn are the same
     max_shard_size      e.g. `5GB`, `500MB`, `4GiB`
     allow_disagreement  write a skip list that loaders read differently
     overwrite           replace a checkpoint or an unfinished job of halfbyte in `out`
+    options             `preset` (`decoder-only`, `unsloth`, or the path of a TOML file) and any field of `Method`
 
-    Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model.
+    Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model. Of another
+    method than rtn: docs/method.md; one decoder layer, never the model, but for the answers that the source writes.
     raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
     """
     from halfbyte.recipe.survey import plan_of
 
-    limit, out = parse_size(max_shard_size), Path(out)
+    preset = options.pop("preset", "decoder-only")
+    limit, out, method = parse_size(max_shard_size), Path(out), method_of(options)
     check_device(device)
+    texts = read_calibration(method.calibration) if method.calibration is not None else None
     opened = open_source(source)
     try:
         target.check_place(opened, out)
         plan = plan_of(opened, preset=preset, allow_disagreement=allow_disagreement)
-        return Job(opened, out, plan, limit, device).run(overwrite=overwrite)
+        fitting = Fitting(method, texts, device) if method.method != "rtn" else None
+        return Job(opened, out, plan, limit, device, fitting).run(overwrite=overwrite)
     finally:
         opened.close()
 
@@ -88,6 +101,7 @@ class Job:
     plan: Plan
     max_shard_bytes: int
     device: str
+    fitting: Fitting | None = None
     shards: list[Shard] = field(init=False)
     started: float = field(default_factory=time.perf_counter)
     resumed: int = 0
@@ -107,6 +121,7 @@ class Job:
             "config": digest(self.source.config),
             "plan": self.plan.digest,
             "layout": digest([[s.file, s.header_bytes, [[t.name, t.offset] for t in s.tensors]] for s in self.shards]),
+            **({"method": self.fitting.detail} if self.fitting else {}),
         }
 
     def run(self, *, overwrite: bool) -> dict[str, Any]:
@@ -137,22 +152,41 @@ class Job:
 
     def _stream(self, journal: Journal) -> None:
         """Write every shard that the journal does not prove finished."""
+        opened = [self._resume(shard, journal) for shard in self.shards]
+        try:
+            if self.fitting is not None:
+                self.fitting.run(self.source, self.plan, self._places(opened, journal), journal)
+                fitted = {d.name for d in self.plan.decisions if d.action == "nf4"}
+                opened = [(file, [name for name in todo if name not in fitted]) for file, todo in opened]
+            self._round_and_copy(opened, journal)
+        finally:
+            for file, _ in opened:
+                if file is not None:
+                    file.close()
+
+    def _places(self, opened: Sequence[tuple[ShardFile | None, list[str]]], journal: Journal) -> dict[str, Place]:
+        """Where each source tensor's results lie or will lie."""
+        return {
+            name: Place(shard, self.out / shard.file if file is None else file.part, file, name in todo)
+            for shard, (file, todo) in zip(self.shards, opened, strict=True)
+            for name in shard.owners
+        }
+
+    def _round_and_copy(self, opened: Sequence[tuple[ShardFile | None, list[str]]], journal: Journal) -> None:
+        """What is still to be written, by a pool of workers; each shard gets its final name behind its last tensor."""
         infos = {info.name: info for info in self.source.tensors}
         total = sum(info.nbytes for info in infos.values())
         cores = len(os.sched_getaffinity(0))
         with track("quantize", total, "B") as advance, ThreadPoolExecutor(cores + 1, "halfbyte") as pool:
             work = TensorWork(self.source, self.plan.blocksize, self.device, threading.Event(), advance)
             decisions = {d.name: d for d in self.plan.decisions}
-            open_files: list[ShardFile] = []
             futures: list[Future[Any]] = []
             try:
-                for shard in self.shards:
-                    file, todo = self._resume(shard, journal)
+                for shard, (file, todo) in zip(self.shards, opened, strict=True):
                     for name in (n for n in shard.owners if n not in todo):
                         advance(infos[name].nbytes)
                     if file is None:
                         continue
-                    open_files.append(file)
                     tasks = [pool.submit(_run_and_journal, work, infos[n], decisions[n], file, journal) for n in todo]
                     futures += [*tasks, pool.submit(_close_shard, file, tasks, journal)]
                 _wait_all(futures)
@@ -161,8 +195,6 @@ class Job:
                 for future in futures:
                     future.cancel()
                 pool.shutdown(wait=True)
-                for file in open_files:
-                    file.close()
 
     def _resume(self, shard: Shard, journal: Journal) -> tuple[ShardFile | None, list[str]]:
         """The shard's file (None if it is finished) and the source tensors still to be written into it."""
@@ -178,8 +210,7 @@ class Job:
         todo = []
         for name in shard.owners:
             known = journal.tensors.get(name)
-            fixed = [t.name for t in shard.tensors if t.owner == name]
-            if fresh or known is None or file.digest_of(fixed) != known["output_sha256"]:
+            if fresh or known is None or file.digest_of(written_order(shard, name)) != known["output_sha256"]:
                 todo.append(name)
         self.resumed += len(shard.owners) - len(todo)
         return file, todo
@@ -211,10 +242,15 @@ class Job:
             "files": files,
             "companions": {**companions, **extra},
             "tensors": {
-                d.name: {"sha256": journal.tensors[d.name]["source_sha256"], "action": d.action}
+                d.name: {
+                    "sha256": journal.tensors[d.name]["source_sha256"],
+                    "action": d.action,
+                    **fit_of(journal, d.name),
+                }
                 for d in self.plan.decisions
             },
             "sizes": self._sizes(total),
+            **({"method": self.fitting.record(journal)} if self.fitting else {}),
             "lattice": probe(self.source, self.plan, sample=QUICK_SAMPLE, at_most=QUICK_TENSORS),
             "run": self._run_figures(),
         }
@@ -243,6 +279,18 @@ class Job:
             "parameters": weights,
             "bits_per_weight": round(8 * total / weights, 4) if weights else None,
         }
+
+
+def written_order(shard: Shard, owner: str) -> list[str]:
+    """The fixed-size tensors of one source tensor in the order in which they were hashed, which is not that of the data."""
+    there = {t.name for t in shard.tensors if t.owner == owner}
+    return [name for name in component_sizes(owner, (1,)) if name in there]
+
+
+def fit_of(journal: Journal, name: str) -> dict[str, Any]:
+    """What a fit was worth, for the record; nothing of a tensor that was rounded or copied."""
+    found = journal.tensors[name].get("fit")
+    return {"fit": found} if found else {}
 
 
 def _run_and_journal(work: TensorWork, info: TensorInfo, decision: Decision, file: ShardFile, journal: Journal) -> None:

@@ -5,6 +5,7 @@ One JSON object a line in `OUT/.halfbyte-work/journal.jsonl`, appended after the
     {"job": identity, "detail": {...}}                     first line: which source, plan and layout this is
     {"tensor": name, "source_sha256": ..., "output_sha256": ..., "quant_state": JSON or null}
     {"shard": file, "sha256": ..., "bytes": ...}           the shard has its final name
+    {"calibration": {...}}                                 what a fitted job reads (halfbyte.texts.calibration)
 
 The catch: a journal line may outlive the bytes (power loss) or miss them (killed between write and line). So a resumed
 job believes no line: it reads the bytes back and compares their sha256, and redoes what does not match. A torn last line
@@ -46,6 +47,7 @@ class Journal:
         self.tensors: dict[str, dict[str, Any]] = {}
         self.shards: dict[str, dict[str, Any]] = {}
         self.job: dict[str, Any] | None = None
+        self.calibration: dict[str, Any] | None = None
         self._mutex = threading.Lock()
         self._read()
         self._file = self.path.open("a", encoding="utf-8")
@@ -58,25 +60,24 @@ class Journal:
         if len(whole) != len(data):
             os.truncate(self.path, len(whole))
         for line in whole.splitlines():
-            entry = json.loads(line)
-            if "job" in entry:
-                self.job = entry
-            elif "tensor" in entry:
-                self.tensors[entry["tensor"]] = entry
-            elif "shard" in entry:
-                self.shards[entry["shard"]] = entry
+            self._take(json.loads(line))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and hand it to the operating system (a killed process loses nothing of it)."""
         with self._mutex:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-            if "tensor" in entry:
-                self.tensors[entry["tensor"]] = entry
-            elif "shard" in entry:
-                self.shards[entry["shard"]] = entry
-            else:
-                self.job = entry
+            self._take(entry)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "job" in entry:
+            self.job = entry
+        elif "tensor" in entry:
+            self.tensors[entry["tensor"]] = entry
+        elif "shard" in entry:
+            self.shards[entry["shard"]] = entry
+        elif "calibration" in entry:
+            self.calibration = entry["calibration"]
 
     def forget(self) -> None:
         """Throw the whole job away: journal, partial shards."""
@@ -84,7 +85,7 @@ class Journal:
         for entry in self.work.iterdir():
             if entry.name != "lock":
                 entry.unlink()
-        self.tensors, self.shards, self.job = {}, {}, None
+        self.tensors, self.shards, self.job, self.calibration = {}, {}, None, None
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self, *, finished: bool = False) -> None:

@@ -106,8 +106,15 @@ def open_journal(out: Path, identity: str, detail: dict[str, Any], *, overwrite:
 
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [key for key in now if was.get(key) != now[key]]
+    was, now = _flat(was), _flat(now)
+    changed = [key for key in {**now, **was} if was.get(key) != now.get(key)]
     return (
-        ", ".join(f"{key} was {str(was.get(key))[:60]!r}, is {str(now[key])[:60]!r}" for key in changed)
+        ", ".join(f"{key} was {str(was.get(key))[:60]!r}, is {str(now.get(key))[:60]!r}" for key in changed)
         or "older layout"
     )
+
+
+def _flat(detail: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method stand beside the rest, each by itself."""
+    method = detail.get("method") or {}
+    return {**{key: value for key, value in detail.items() if key != "method"}, **method}

@@ -29,6 +29,8 @@ from halfbyte.recipe.decisions import Decision
 if TYPE_CHECKING:
     import torch
 
+    from halfbyte.codec import Nested
+
 #: elements a slice; a multiple of every blocksize and of 2, so that slices quantize as the whole would
 SLICE_ELEMENTS = 1 << 24
 _INF_BITS = {"BF16": (0x7F80, "uint16"), "F16": (0x7C00, "uint16"), "F32": (0x7F800000, "uint32")}
@@ -101,18 +103,27 @@ class TensorWork:
             nested = codec.nest_absmax(torch.cat(scales), threads=1)
         except NonFiniteWeight as error:  # finite scales whose mean overflows float32
             raise _non_finite(info, error.what) from error
-        parts = {
-            "absmax": nested.absmax,
-            "quant_map": torch.tensor(codec.NF4_LEVELS, dtype=torch.float32),
-            "nested_absmax": nested.nested_absmax,
-            "nested_quant_map": nested.nested_quant_map,
-        }
-        for component, tensor in parts.items():
-            data = memoryview(as_bytes(tensor))
-            output_hash.update(data)
-            target.write(f"{info.name}.{component}", 0, data)
-        state = nf4_layout.quant_state_json(info.shape, self.blocksize, nested.nested_offset)
-        return output_hash.hexdigest(), state.decode()
+        state = write_scales(info, self.blocksize, nested, target, output_hash)
+        return output_hash.hexdigest(), state
+
+
+def write_scales(info: TensorInfo, blocksize: int, nested: Nested, target: ShardFile, output_hash: Any) -> str:
+    """Write what belongs to the codes of one NF4 weight; returns its quant_state JSON. `output_hash` goes on from the codes."""
+    import torch
+
+    from halfbyte import codec
+
+    parts = {
+        "absmax": nested.absmax,
+        "quant_map": torch.tensor(codec.NF4_LEVELS, dtype=torch.float32),
+        "nested_absmax": nested.nested_absmax,
+        "nested_quant_map": nested.nested_quant_map,
+    }
+    for component, tensor in parts.items():
+        data = memoryview(as_bytes(tensor))
+        output_hash.update(data)
+        target.write(f"{info.name}.{component}", 0, data)
+    return nf4_layout.quant_state_json(info.shape, blocksize, nested.nested_offset).decode()
 
 
 def as_bytes(tensor: torch.Tensor) -> Any:

@@ -26,6 +26,7 @@ from halfbyte.verifier.against_plan import check_inventory, originals_of
 from halfbyte.verifier.against_source import check_codes, check_kept
 from halfbyte.verifier.checks import TITLES, Check, Fault, skipped, verdict
 from halfbyte.verifier.companions import check_companions, check_config, check_digests
+from halfbyte.verifier.fitted import check_fitted
 from halfbyte.verifier.layout import check_layout, nf4_names
 from halfbyte.verifier.loaders import check_loaders
 from halfbyte.verifier.stock import check_stock
@@ -92,7 +93,7 @@ def examine(
         else:
             reason = "left out on request"
             try:
-                checks += _check_contents(reader, source, plan, record, body)
+                checks += _check_contents(reader, source, plan, record, body, device)
                 checks += _check_stock(reader, plan, device, body) if generate else []
             finally:
                 reader.close()
@@ -121,12 +122,16 @@ def _check_contents(
     plan: Plan | None,
     record: dict[str, Any] | None,
     body: dict[str, Any],
+    device: str,
 ) -> list[Check]:
     """Everything that reads weights or configuration; fills `tensors`, `loaders` and `weights_digest` of the body."""
     checks, weights = check_layout(reader)
     checks += check_inventory(reader, weights, originals_of(plan, source), plan)
     checks += check_kept(reader, source, record.get("tensors") if record and not source else None)
-    codes, body["tensors"] = check_codes(reader, weights, source, exact=record is not None)
+    if record is not None and record.get("method"):
+        codes, body["tensors"] = check_fitted(reader, weights, source, record, device)
+    else:
+        codes, body["tensors"] = check_codes(reader, weights, source, exact=record is not None)
     files = sorted({info.file for info in reader.tensors})
     digests, found = check_digests(reader.path, files, record)
     body["weights_digest"] = digest(found)

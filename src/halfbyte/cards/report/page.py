@@ -27,6 +27,7 @@ from halfbyte.cards.report.words import (
     frame_lines,
     gigabytes,
     interval,
+    methods,
     number,
     percent,
     sentence,
@@ -76,7 +77,7 @@ def render(record: Mapping[str, Any], folder: Path) -> str:
         "verdicts": verdicts,
         "grid": _grid(record),
         "effects": _effects(record),
-        "sizes": _sizes(record),
+        "sizes": _sizes(record), "methods": methods(record),
         "frames": frames(record),
         "proofs": [
             {"text": f"{short_name(c['id'])}: {untouched(c.get('areas'))}.", "same": all(a["same"] for a in (c.get("areas") or {}).get("areas", ()))}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.cards.markdown import visible
+from halfbyte.cards.method import method_lines
 
 _AREAS = {
     "vision": "vision tower", "audio": "audio tower", "projector": "projector", "embeddings": "embeddings", "head": "head",
@@ -157,3 +158,9 @@ def drift(found: Mapping[str, Any] | None) -> str:
 
 def _place(point: Mapping[str, Any]) -> str:
     return f"after layer {point['layer']}" if point["at"] == "layer" else f"after the {point['at']}"
+
+
+def methods(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for every candidate whose codes were fitted: how, on what, and what that was worth."""
+    found = ((c["id"], method_lines(c.get("method"))) for base in record["bases"] for c in base["candidates"])
+    return [f"{short_name(name)}: {'; '.join(lines)}" for name, lines in found if lines]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.cards.report import tasks
-from halfbyte.cards.report.words import ABSENT, drift, frame_lines, interval, number, untouched
+from halfbyte.cards.report.words import ABSENT, drift, frame_lines, interval, methods, number, untouched
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -20,6 +20,8 @@ def render(record: Mapping[str, Any]) -> str:
         sections.append(["2 x 2 of the tasks", *table(rows)])
     sections.append([_sizes_line(base) for base in record["bases"]])
     sections.append([f"{c['id']}: {untouched(c.get('areas'))}" for base in record["bases"] for c in base["candidates"]])
+    if fitted := methods(record):
+        sections.append(fitted)
     failed = [test for test in record["self_tests"] if not test["passed"]]
     tests = f"self-KLD exactly 0 in {len(record['self_tests']) - len(failed)} of {len(record['self_tests'])}"
     margin = record["settings"]["margin"]

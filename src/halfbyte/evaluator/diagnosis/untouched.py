@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluator.diagnosis.kept import keep, load_kept
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.recipe.areas import Areas
 from halfbyte.recipe.skeleton import Skeleton, build_skeleton, model_names

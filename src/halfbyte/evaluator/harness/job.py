@@ -20,8 +20,8 @@ from halfbyte.errors import OutputError, SourceError, UsageError
 from halfbyte.evaluator.answering import Answerer
 from halfbyte.evaluator.harness.pairing import pair_samples, read_samples
 from halfbyte.evaluator.harness.running import need_lm_eval, run_tasks
-from halfbyte.evaluator.scoring.model import DTYPES
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.model import DTYPES
+from halfbyte.layers.weights import open_weights
 from halfbyte.records import read_record, write_record
 
 NAME = "lm-eval"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.errors import SourceError, UsageError
 from halfbyte.evaluator.answering import Answerer
 from halfbyte.evaluator.harness.pairing import slimmed
-from halfbyte.evaluator.scoring.model import exact_float32
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.model import exact_float32
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import note
 from halfbyte.records import write_text_atomic
 

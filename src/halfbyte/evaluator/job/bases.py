@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from halfbyte.errors import UsageError
 from halfbyte.evaluator.packed import PackedReference, is_pack, open_pack
-from halfbyte.evaluator.weights import Nf4Weights, PlainWeights, Rounded, Weights, Zeros, open_weights
+from halfbyte.layers.weights import Nf4Weights, PlainWeights, Rounded, Weights, Zeros, open_weights
 
 FIRST = "reference"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ShapeMismatch
 from halfbyte.evaluator.diagnosis.kept import keep, load_kept
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import digest
 

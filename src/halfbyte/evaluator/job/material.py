@@ -1,6 +1,6 @@
 """From data files to the rows of a protocol.
 
-    .jsonl        chats or prompts, one a line (halfbyte.evaluator.texts); lines with an image: halfbyte.evaluator.vision
+    .jsonl        chats or prompts, one a line (halfbyte.texts.reading); lines with an image: halfbyte.evaluator.vision
     anything else a text; WikiText's raw form is cut into its articles, any other file is one document
 
 Without a file, a few prompts and passages of our own are used, so that a first evaluation needs nothing but a model. They are
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evaluator import protocols, texts
 from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
-from halfbyte.evaluator.protocols import IMAGE
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.texts import Chat, Document
-from halfbyte.evaluator.traces import write_answers
 from halfbyte.evaluator.vision.prompts import PicturePrompt, has_other_lines, read_picture_prompts
-from halfbyte.evaluator.weights import Weights
 from halfbyte.format.shards import hash_file
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Weights
+from halfbyte.texts import protocols, reading
+from halfbyte.texts.protocols import IMAGE
+from halfbyte.texts.reading import Chat, Document
+from halfbyte.texts.traces import write_answers
 
 PROMPTS, PASSAGES = "prompts.jsonl", "passages.txt"
 
@@ -63,14 +63,14 @@ def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
     text_paths = [path for path in paths if path not in lined]
     shown = [(path, read) for path in lined if (read := read_picture_prompts(path))]
     chat_paths = [path for path in lined if has_other_lines(path)]
-    chats = _named([(path, texts.read_chats(path)) for path in chat_paths])
-    documents = _named([(path, texts.read_documents(path)) for path in text_paths])
-    paragraphs = [p for path in text_paths for p in texts.read_paragraphs(path)]
+    chats = _named([(path, reading.read_chats(path)) for path in chat_paths])
+    documents = _named([(path, reading.read_documents(path)) for path in text_paths])
+    paragraphs = [p for path in text_paths for p in reading.read_paragraphs(path)]
     chat_files, text_files = [_about(path) for path in chat_paths], [_about(path) for path in text_paths]
     room = resources.files("halfbyte.evaluator.job") / "built_in"
     if not chats:
         with resources.as_file(room / PROMPTS) as path:
-            chats, chat_files = texts.read_chats(path), [_about(path, "built-in prompts")]
+            chats, chat_files = reading.read_chats(path), [_about(path, "built-in prompts")]
     if not documents:
         with resources.as_file(room / PASSAGES) as path:
             documents, text_files = _passages(path), [_about(path, "built-in passages")]

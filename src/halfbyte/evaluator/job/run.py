@@ -16,7 +16,6 @@ from typing import Any
 
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError
-from halfbyte.evaluator import protocols
 from halfbyte.evaluator.diagnosis.untouched import untouched_areas
 from halfbyte.evaluator.job.bases import Base, open_bases
 from halfbyte.evaluator.job.effects import effects_of, pairs_of
@@ -35,12 +34,14 @@ from halfbyte.evaluator.packed import (
     lent_tokenizer,
     write_reference_pack,
 )
+from halfbyte.evaluator.seen import method_facts, refuse_seen
 from halfbyte.evaluator.tasks.asking import Place
 from halfbyte.evaluator.tasks.measuring import measure_tasks, refuse_blind
 from halfbyte.evaluator.tasks.opening import open_tasks
 from halfbyte.evaluator.tasks.task import Task
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.records import read_record, write_record
+from halfbyte.texts import protocols
 
 #: changes when a reader of the record would have to
 RECORD_VERSION = 2
@@ -91,6 +92,7 @@ def evaluate(
         for entry in (entry for each in bases for entry in each.candidates):
             own_checkpoint(entry)
         refuse_blind(bases, tasks)
+        refuse_seen(bases, material, tasks)
         job = _Job(bases, Work(material, tasks), settings, device, Path(out))
         body = job.body()
         named = {"base": pairs, "data": [str(path) for path in files], "device": [device], "out": [str(out)]}
@@ -211,7 +213,7 @@ class _Job:
             "candidates": [
                 {
                     "id": entry.id, "label": entry.weights.label, "digest": entry.weights.digest, "kind": entry.kind,
-                    "size": size_of(entry.weights, parameters),
+                    "size": size_of(entry.weights, parameters), "method": method_facts(entry),
                     "weights": weight_errors(each.reference, entry.weights, self.out / "vectors")
                     if self.settings.layers and packed is None else None,
                     "areas": untouched_areas(each.reference, entry.weights, self.out / "vectors") if packed is None else None,

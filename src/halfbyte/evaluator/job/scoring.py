@@ -19,16 +19,16 @@ from halfbyte.evaluator.job import vectors
 from halfbyte.evaluator.job.bases import Base
 from halfbyte.evaluator.job.vectors import Stored
 from halfbyte.evaluator.packed import PackedReference
-from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.scoring.scorer import FLOOR_SEED, KeptReference, Scores, keep_reference, score_against
 from halfbyte.evaluator.vision.rows import PictureRows
+from halfbyte.layers.rows import Rows
 from halfbyte.progress import note
 from halfbyte.records import digest, versions
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from halfbyte.evaluator.weights import Weights
+    from halfbyte.layers.weights import Weights
 
 #: raise it when a figure's definition changes: vectors of another version are never read
 METRICS_VERSION = 1

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import UsageError
-from halfbyte.evaluator.protocols import IMAGE, VERSIONS
-from halfbyte.evaluator.scoring.model import DTYPES
 from halfbyte.evaluator.tasks.opening import NAMES as TASKS
+from halfbyte.layers.model import DTYPES
+from halfbyte.texts.protocols import IMAGE, VERSIONS
 
 ON_POLICY, GIVEN, FRAME, RAW, WIKITEXT, _ = VERSIONS
 #: protocols over answers, in chats or about pictures; the others are over texts
@@ -28,7 +28,7 @@ NONE = "none"
 class Settings:
     """By the names of the command line.
 
-    protocol        names of halfbyte.evaluator.protocols; empty: those that mean something for the model; `none`: only tasks
+    protocol        names of halfbyte.texts.protocols; empty: those that mean something for the model; `none`: only tasks
     limit           the first so many chats, documents and pictures; None: all
     window          text tokens a row (ppl protocols; ppl[raw,wikitext-80] has its own, 1024)
     windows         the first so many rows of a document (ppl[assistant-frame], ppl[raw]); None: all. Documents bound a figure,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from halfbyte.evaluator.weights import PlainWeights, Rounded, Weights
+from halfbyte.layers.weights import PlainWeights, Rounded, Weights
 from halfbyte.recipe.sizes import nf4_bytes, source_bytes
 
 #: a q4_0 block: 32 weights of 4 bits and an fp16 scale

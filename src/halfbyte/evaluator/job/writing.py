@@ -18,9 +18,9 @@ from typing import Any
 from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.settings import OF_CHATS
-from halfbyte.evaluator.protocols import IMAGE
-from halfbyte.evaluator.weights import Nf4Weights
+from halfbyte.layers.weights import Nf4Weights
 from halfbyte.records import digest, read_record, write_record
+from halfbyte.texts.protocols import IMAGE
 
 NAME = "evaluate"
 #: figure that bears the protocol's own name in a model card

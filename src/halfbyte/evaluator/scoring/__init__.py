@@ -1,1 +1,1 @@
-"""From weights and rows to one vector per figure: models whole or layer by layer, one head, one comparison."""
+"""From weights and rows to one vector per figure: one head, one comparison, whichever way the layers ran."""

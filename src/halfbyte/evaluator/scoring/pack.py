@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.scoring.head import Head
 from halfbyte.evaluator.scoring.scorer import Candidate, KeptReference, Reference, in_row_order
 from halfbyte.evaluator.vision.rows import PictureRows
+from halfbyte.layers.head import Head
+from halfbyte.layers.rows import Rows
 from halfbyte.records import current_umask, digest
 
 if TYPE_CHECKING:

@@ -25,25 +25,16 @@ The catch: with pictures or without, positions of the prompt count like those of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from halfbyte.evaluator.rows import Rows
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.tap import Tap
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 SAMPLE_POSITIONS, SAMPLE_BYTES = 2048, 512 << 20
-
-
-class Tap(Protocol):
-    """Is told the residual stream as a model runs."""
-
-    def note(self, point: int, batch: int, seed: int | None, states: torch.Tensor) -> None:
-        """`states` [rows, length, hidden] at `point` of batch number `batch`, in the pass with this noise seed."""
-        ...
 
 
 @runtime_checkable
@@ -160,27 +151,3 @@ class ResidualErrors:
 
     def arrays(self) -> dict[str, np.ndarray]:
         return self._sums.arrays(self.kept.sample)
-
-
-@contextmanager
-def tapping(layers: Sequence[Any], tap: Tap | None, batch: int, seed: int | None) -> Iterator[None]:
-    """`tap` is told what enters the first of `layers` and what leaves each, inside; the final norm is the caller's to tell."""
-    if tap is None:
-        yield
-        return
-
-    def entered(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tap.note(0, batch, seed, args[0] if args else kwargs["hidden_states"])
-
-    def left(point: int) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            tap.note(point, batch, seed, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    with ExitStack() as stack:
-        first = layers[0].register_forward_pre_hook(entered, with_kwargs=True)
-        stack.callback(first.remove)
-        for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(left(number + 1)).remove)
-        yield

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from halfbyte.device import check_device
 from halfbyte.errors import PlanError, ShapeMismatch, SourceError
-from halfbyte.evaluator.rows import Batch, Rows
 from halfbyte.evaluator.scoring.divergence import Prediction, delta_p, kl_divergence, predict
-from halfbyte.evaluator.scoring.head import Head
-from halfbyte.evaluator.scoring.model import HiddenStates, WholeModel, exact_float32
 from halfbyte.evaluator.scoring.residuals import KeptResiduals, ResidualErrors, Sample, Tapped, shape_of
-from halfbyte.evaluator.scoring.streaming import Pass, Prepares, StreamedModel, must_stream
 from halfbyte.evaluator.vision.model import SeeingModel
 from halfbyte.evaluator.vision.rows import PictureRows
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.head import Head
+from halfbyte.layers.model import HiddenStates, WholeModel, exact_float32
+from halfbyte.layers.rows import Batch, Rows
+from halfbyte.layers.streaming import Pass, Prepares, StreamedModel, must_stream
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import versions
 

@@ -23,10 +23,10 @@ from typing import Any
 
 from halfbyte.evaluator.answering import Answerer
 from halfbyte.evaluator.answers import answer_questions
-from halfbyte.evaluator.scoring.model import exact_float32
 from halfbyte.evaluator.tasks.task import Task
-from halfbyte.evaluator.weights import Weights
 from halfbyte.format.shards import hash_file
+from halfbyte.layers.model import exact_float32
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import note
 from halfbyte.records import digest, versions, write_text_atomic
 

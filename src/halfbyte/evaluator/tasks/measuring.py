@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.errors import UsageError
 from halfbyte.evaluator.answering import takes_images
 from halfbyte.evaluator.packed import PackedReference
-from halfbyte.evaluator.protocols import tokenizer_facts
 from halfbyte.evaluator.tasks.asking import Place, ask
 from halfbyte.evaluator.tasks.results import Graded, block_of, effects_on, grade_all
 from halfbyte.evaluator.tasks.task import Task
+from halfbyte.texts.protocols import tokenizer_facts
 
 if TYPE_CHECKING:
     from halfbyte.evaluator.job.bases import Base

@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError
-from halfbyte.evaluator.rows import Batch
-from halfbyte.evaluator.scoring.model import WholeModel, build_module
-from halfbyte.evaluator.scoring.places import Places
-from halfbyte.evaluator.scoring.streaming import available_bytes
 from halfbyte.evaluator.vision.rows import PictureBatch
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.model import WholeModel, build_module
+from halfbyte.layers.places import Places
+from halfbyte.layers.rows import Batch
+from halfbyte.layers.streaming import available_bytes
+from halfbyte.layers.weights import Weights
 from halfbyte.recipe.skeleton import build_skeleton
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
     {"id": "c1", "kind": "counting", "prompt": "How many circles?", "image": "c1.png", "answer": "3"}
 
 `id` and `kind` may be left out, and so may `answer`: a reference writes its own, a task that marks answers needs one. A line
-without "image" is no question about a picture and is left to the reader of chats (halfbyte.evaluator.texts), so one file may hold both.
+without "image" is no question about a picture and is left to the reader of chats (halfbyte.texts.reading), so one file may hold both.
 
 Such files come from strangers. An image is the plain name of a file in the same folder: no path, no address, no link that
 leads out of it. Its header decides before a pixel is decoded, since 10 kB of PNG can claim 10^10 pixels. All of it is
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError
+from halfbyte.texts.reading import shows_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,15 +65,6 @@ def read_picture_prompts(path: Path) -> list[PicturePrompt]:
 def has_other_lines(path: Path) -> bool:
     """Whether a line of the file is none of ours: a chat, or something that the reader of chats refuses."""
     return any(not shows_picture(line) for _, line in _lines(path)) or not _lines(path)
-
-
-def shows_picture(line: str) -> bool:
-    """Whether a line is a JSON object with an "image"."""
-    try:
-        body = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(body, dict) and body.get("image") is not None
 
 
 def open_picture(path: Path) -> Image:

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, SourceError, UsageError
-from halfbyte.evaluator.protocols import IMAGE, VERSIONS, check_bos, is_instruct, tokenizer_facts
-from halfbyte.evaluator.rows import Batch, Rows
 from halfbyte.evaluator.vision.prompts import PicturePrompt, open_picture
-from halfbyte.evaluator.weights import Weights
 from halfbyte.format.shards import hash_file
+from halfbyte.layers.rows import Batch, Rows
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import digest
+from halfbyte.texts.protocols import IMAGE, VERSIONS, check_bos, is_instruct, tokenizer_facts
 
 if TYPE_CHECKING:
     import numpy as np

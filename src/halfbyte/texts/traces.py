@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.evaluator.protocols import load_tokenizer, prompt_ids, tokenizer_facts
-from halfbyte.evaluator.scoring.model import WholeModel, exact_float32
-from halfbyte.evaluator.texts import Chat
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.model import WholeModel, exact_float32
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import note, track
 from halfbyte.records import digest, versions, write_text_atomic
+from halfbyte.texts.protocols import load_tokenizer, prompt_ids, tokenizer_facts
+from halfbyte.texts.reading import Chat
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, SourceError
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.weights import Weights
 from halfbyte.recipe.areas import Areas
 from halfbyte.recipe.skeleton import Skeleton, model_names
 
@@ -76,6 +76,10 @@ class Places:
     def load_rows(self, key: str, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) of the tensor for `key`, as far as there are any, in the model's dtype, on the CPU."""
         return self._cast(self.weights.load_rows(self._names[key], begin, min(end, self.shape(key)[0])), key)
+
+    def name(self, key: str) -> str:
+        """The name in the files of the tensor for `key`, which has one of its own."""
+        return self._names[key]
 
     def holder(self, key: str) -> str | None:
         """The key whose tensor `key` uses: itself, or the one it is tied to; None if the model's text part has no such key."""

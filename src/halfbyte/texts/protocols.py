@@ -25,10 +25,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.texts import Chat, Document, words_and_bytes
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Weights
 from halfbyte.records import digest
+from halfbyte.texts.reading import Chat, Document, words_and_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,14 +86,14 @@ def given_answers(tokenizer: Any, chats: Sequence[Chat], *, length: int = 2048) 
     Counts: every token of the response, then the token with which the template ends the turn.
     """
     _need_frame(tokenizer, "kld[assistant,given]")
-    end = _end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer)
     tokens: list[np.ndarray] = []
     scored: list[np.ndarray] = []
     for chat in chats:
         if chat.response is None:
             raise SourceError("has no response", where=f"chat {chat.name}", todo="use kld[assistant,on-policy]")
         prompt = prompt_ids(tokenizer, chat.messages)
-        _add(tokens, scored, prompt, [*_encode(tokenizer, chat.response.strip()), *end], length)
+        _add(tokens, scored, prompt, [*encode(tokenizer, chat.response.strip()), *end], length)
     return _rows("kld[assistant,given]", tokenizer, tokens, scored, chats, {"length": length})
 
 
@@ -175,16 +175,16 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
     return ids
 
 
-def _end_of_turn(tokenizer: Any) -> list[int]:
+def end_of_turn(tokenizer: Any) -> list[int]:
     """The special token that the template writes right behind an answer, [] if it writes none."""
     messages = [{"role": "user", "content": FRAME_REQUEST}, {"role": "assistant", "content": _MARK}]
     tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(_MARK)[2]
-    ids = _encode(tokenizer, tail)
+    ids = encode(tokenizer, tail)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[:1] if ids and ids[0] in special else []
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -217,7 +217,7 @@ def _windows(
     scored: list[np.ndarray] = []
     names = []
     for document in documents:
-        ids = _encode(tokenizer, document.text)
+        ids = encode(tokenizer, document.text)
         for begin in range(0, len(ids), facts["window"])[: facts.get("windows")]:
             piece = ids[begin : begin + facts["window"]]
             if len(piece) < 2:

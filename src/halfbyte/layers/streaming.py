@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from halfbyte.evaluator.rows import Batch
-from halfbyte.evaluator.scoring.embedding import TokenEmbeddings
-from halfbyte.evaluator.scoring.head import Head, compare_head, make_head
-from halfbyte.evaluator.scoring.model import (
+from halfbyte.layers.embedding import TokenEmbeddings
+from halfbyte.layers.head import Head, compare_head, make_head
+from halfbyte.layers.model import (
     build_module,
     decoder_layers,
     disturb,
@@ -37,10 +36,11 @@ from halfbyte.evaluator.scoring.model import (
     move_buffers,
     take_scored,
 )
-from halfbyte.evaluator.scoring.places import Places
-from halfbyte.evaluator.scoring.recording import Call, final_norm, passing_through, record_calls
-from halfbyte.evaluator.scoring.residuals import Tap
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.places import Places
+from halfbyte.layers.recording import Call, final_norm, passing_through, record_calls
+from halfbyte.layers.rows import Batch
+from halfbyte.layers.tap import Tap
+from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.recipe.skeleton import build_skeleton
 
@@ -64,7 +64,7 @@ class Prepares(Protocol):
 
 
 @dataclass(eq=False)
-class _Work:
+class Work:
     """One batch under way: its number in its pass, the pass's noise, the residual, and the calls still to be made."""
 
     batch: Batch
@@ -117,7 +117,7 @@ class StreamedModel:
         return self._head
 
     def prepare(self, passes: Sequence[Pass]) -> None:
-        work = [_Work(batch, number, seed) for batches, seed in passes for number, batch in enumerate(batches)]
+        work = [Work(batch, number, seed) for batches, seed in passes for number, batch in enumerate(batches)]
         found = iter(self._run(work))
         for batches, seed in passes:
             done = _Done(batches, [next(found) for _ in batches])
@@ -147,50 +147,78 @@ class StreamedModel:
         state = {key: self.places.load(key, self.device) for key in self.places.keys if key not in apart}
         self.model.load_state_dict(state, strict=False, assign=True)
 
-    def _run(self, work: Sequence[_Work]) -> list[torch.Tensor]:
+    def _run(self, work: Sequence[Work]) -> list[torch.Tensor]:
         """The final norm's output at the scored positions of each batch, on the CPU."""
         import torch
 
-        total = sum(self.places.nbytes(key) for keys in self._layer_keys for key in keys)
+        total = sum(map(self.layer_bytes, range(len(self.layers))))
         with torch.inference_mode(), exact_float32(), track(f"layers of {self.label}", total) as advance:
-            home = self._home(work)
-            with self.embeddings.gathered([item.batch for item in work], self.device):
-                self._check_head(work[0].batch)
-                for item in work:
-                    ids = torch.from_numpy(item.batch.tokens).to(self.device)
-                    states, calls = record_calls(self.decoder, self.layers, ids)
-                    sent: dict[int, torch.Tensor] = {}  # lives as long as `calls`: ids stay true
-                    item.states, item.calls = states.to(home), [call.to(home, sent) for call in calls]
-                    self._tell(item, 0, states)
-            for number, layer in enumerate(self.layers):
-                with self._materialised(number, advance):
+            self.enter(work, check_head=True)
+            for number in range(len(self.layers)):
+                with self.materialised(number, advance):
                     for item in work:
-                        self._step(item, layer, number, home)
+                        self.step(item, number)
             return [self._finish(item) for item in work]
 
-    def _finish(self, item: _Work) -> torch.Tensor:
+    def enter(self, work: Sequence[Work], *, check_head: bool = False) -> None:
+        """Give every batch the residual that enters the first layer, and what each layer will be called with.
+
+        Call it, `run_layer` and `step` under `torch.inference_mode`; raises as the class does
+        """
+        import torch
+
+        home = self._home(work)
+        with self.embeddings.gathered([item.batch for item in work], self.device):
+            if check_head:
+                self._check_head(work[0].batch)
+            for item in work:
+                ids = torch.from_numpy(item.batch.tokens).to(self.device)
+                states, calls = record_calls(self.decoder, self.layers, ids)
+                sent: dict[int, torch.Tensor] = {}  # lives as long as `calls`: ids stay true
+                item.states, item.calls = states.to(home), [call.to(home, sent) for call in calls]
+                self._tell(item, 0, states)
+
+    def _finish(self, item: Work) -> torch.Tensor:
         states = final_norm(self.decoder)(item.states.to(self.device))
         self._tell(item, len(self.layers) + 1, states)
         return take_scored(item.batch, states).cpu()
 
-    def _tell(self, item: _Work, point: int, states: torch.Tensor) -> None:
+    def _tell(self, item: Work, point: int, states: torch.Tensor) -> None:
         if self.tap is not None:
             self.tap.note(point, item.number, item.seed, states)
 
-    def _step(self, item: _Work, layer: Any, number: int, home: str) -> None:
+    def run_layer(self, item: Work, number: int) -> torch.Tensor:
+        """What layer `number`, materialised, makes of the batch's residual, which stays as it is."""
         recorded = item.calls[number]
-        assert recorded is not None, "a layer is run once"
+        assert recorded is not None, "a layer behind which the batch has stepped"
         call = recorded.to(self.device)
-        states = layer(item.states.to(self.device), *call.args, **call.kwargs)
-        if isinstance(states, tuple):
-            states = states[0]
+        states = self.layers[number](item.states.to(self.device), *call.args, **call.kwargs)
+        found: torch.Tensor = states[0] if isinstance(states, tuple) else states
+        return found
+
+    def step(self, item: Work, number: int) -> None:
+        """`run_layer`, and the batch's residual is now what came out."""
+        states = self.run_layer(item, number)
         if item.seed is not None:
             states = disturb(states, item.seed, item.number, number)
         self._tell(item, number + 1, states)
-        item.states, item.calls[number] = states.to(home), None
+        item.states, item.calls[number] = states.to(item.states.device), None
+
+    def linears(self, number: int) -> dict[str, Any]:
+        """The nn.Linear modules of layer `number`: name of the weight in the files -> module. Filled while materialised."""
+        from torch import nn
+
+        modules, cut = dict(self.layers[number].named_modules()), len(self._layer_paths[number])
+        keys = [key for key in self._layer_keys[number] if key.endswith(".weight")]
+        found = {self.places.name(key): modules[key[cut:].removesuffix(".weight")] for key in keys}
+        return {name: module for name, module in found.items() if type(module) is nn.Linear}
+
+    def layer_bytes(self, number: int) -> int:
+        """Bytes of the layer's weights in the compute dtype: what `materialised` tells its `advance`."""
+        return sum(self.places.nbytes(key) for key in self._layer_keys[number])
 
     @contextmanager
-    def _materialised(self, number: int, advance: Callable[[int], None]) -> Iterator[None]:
+    def materialised(self, number: int, advance: Callable[[int], None]) -> Iterator[None]:
         """Layer `number` has its weights and buffers, inside; after that it is empty, and running it would be an error."""
         layer, cut = self.layers[number], len(self._layer_paths[number])
         for key in self._layer_keys[number]:
@@ -226,7 +254,7 @@ class StreamedModel:
         finally:
             layer.weight, layer.bias = empty
 
-    def _home(self, work: Sequence[_Work]) -> str:
+    def _home(self, work: Sequence[Work]) -> str:
         """Where the residual of all batches waits: on the device if it is a small part of what is free there."""
         import torch
 

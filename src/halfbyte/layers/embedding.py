@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, ShapeMismatch
-from halfbyte.evaluator.rows import Batch
-from halfbyte.evaluator.scoring.places import Places
+from halfbyte.layers.places import Places
+from halfbyte.layers.rows import Batch
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
-from halfbyte.evaluator.vision.prompts import shows_picture
 
 ARTICLE = re.compile(r"(?m)^(?= = [^=].* = $)")
 HEADING = re.compile(r" = .* = ")
@@ -118,13 +117,22 @@ def read_chats(path: Path, limit: int | None = None) -> list[Chat]:
         if limit is not None and len(chats) >= limit:
             break
         if line.strip() and not shows_picture(line):
-            chats.append(_chat(line, f"{path}, line {number}", str(number)))
+            chats.append(read_chat(line, f"{path}, line {number}", str(number)))
     if not chats:
         raise SourceError("no chats in it", where=str(path), todo='give lines of {"prompt": ..., "response": ...}')
     return chats
 
 
-def _chat(line: str, where: str, number: str) -> Chat:
+def shows_picture(line: str) -> bool:
+    """Whether a line is a JSON object with an "image"."""
+    try:
+        body = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("image") is not None
+
+
+def read_chat(line: str, where: str, number: str) -> Chat:
     try:
         body = json.loads(line)
     except json.JSONDecodeError as error:

@@ -30,11 +30,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
 from halfbyte.errors import PlanError, UsageError
-from halfbyte.evaluator.rows import Batch
-from halfbyte.evaluator.scoring.head import Head, compare_head, make_head
-from halfbyte.evaluator.scoring.places import Places
-from halfbyte.evaluator.scoring.residuals import Tap, tapping
-from halfbyte.evaluator.weights import Weights
+from halfbyte.layers.head import Head, compare_head, make_head
+from halfbyte.layers.places import Places
+from halfbyte.layers.rows import Batch
+from halfbyte.layers.tap import Tap, tapping
+from halfbyte.layers.weights import Weights
 from halfbyte.recipe.skeleton import Skeleton, build_skeleton
 
 if TYPE_CHECKING:

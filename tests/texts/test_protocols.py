@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from halfbyte.errors import SourceError, UsageError
-from halfbyte.evaluator import protocols, texts, traces
-from halfbyte.evaluator.rows import Rows
-from halfbyte.evaluator.weights import open_weights
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import open_weights
+from halfbyte.texts import protocols, reading, traces
 
 BOS, TURN, END = 2, 105, 106  # the tiny Gemma 4 has Gemma 4's ids
 QUESTION = ({"role": "user", "content": "What is in this image?"},)
@@ -33,8 +33,8 @@ def base_tokenizer(tiny_gemma4: Path) -> Any:
     return loaded
 
 
-def document(text: str) -> texts.Document:
-    return texts.Document("d", text, len(text.split()), len(text.encode()))
+def document(text: str) -> reading.Document:
+    return reading.Document("d", text, len(text.split()), len(text.encode()))
 
 
 def counted(rows: Rows, row: int) -> list[int]:
@@ -43,7 +43,7 @@ def counted(rows: Rows, row: int) -> list[int]:
 
 
 def test_given_answers_count_the_answer_and_the_end_of_the_turn(tokenizer: Any) -> None:
-    rows = protocols.given_answers(tokenizer, [texts.Chat("1", QUESTION, ANSWER)])
+    rows = protocols.given_answers(tokenizer, [reading.Chat("1", QUESTION, ANSWER)])
     prompt = protocols.prompt_ids(tokenizer, QUESTION)
     assert counted(rows, 0) == [*tokenizer.encode(ANSWER, add_special_tokens=False), END]
     assert list(rows.tokens[0][: len(prompt)]) == prompt
@@ -53,7 +53,7 @@ def test_given_answers_count_the_answer_and_the_end_of_the_turn(tokenizer: Any) 
 
 def test_row_of_a_given_answer_is_what_the_template_writes(tokenizer: Any) -> None:
     """The whole conversation, rendered and encoded at once: the other way to the same ids."""
-    rows = protocols.given_answers(tokenizer, [texts.Chat("1", QUESTION, ANSWER)])
+    rows = protocols.given_answers(tokenizer, [reading.Chat("1", QUESTION, ANSWER)])
     whole = tokenizer.apply_chat_template(
         [*QUESTION, {"role": "assistant", "content": ANSWER}], tokenize=True, return_dict=True
     )["input_ids"]
@@ -101,7 +101,7 @@ def test_real_gemma4_tokenizer_gets_its_one_bos(shared_data: Path) -> None:
     real.chat_template = template.read_text(encoding="utf-8")
     rows = protocols.raw_text(real, [document("Three animals live in the sea.")])
     assert list(rows.tokens[0]).count(BOS) == 1
-    framed = protocols.given_answers(real, [texts.Chat("1", QUESTION, ANSWER)])
+    framed = protocols.given_answers(real, [reading.Chat("1", QUESTION, ANSWER)])
     assert list(framed.tokens[0]).count(BOS) == 1
     assert counted(framed, 0)[-1] == END
 
@@ -121,11 +121,11 @@ def test_base_models_have_no_frame(base_tokenizer: Any) -> None:
 def test_wikitext_80_takes_long_paragraphs_in_order(base_tokenizer: Any) -> None:
     short, long = "a house . ", "the sea and the table , " * 60
     raw = " = One = \n " + "\n ".join([short, *[f"{number} {long}" for number in range(81)]]) + "\n"
-    rows = protocols.wikitext_80(base_tokenizer, texts.wikitext_paragraphs(raw))
+    rows = protocols.wikitext_80(base_tokenizer, reading.wikitext_paragraphs(raw))
     assert sorted(set(rows.documents)) == sorted(f"paragraph {number}" for number in range(2, 82))
     assert all(row[0] == BOS for row in rows.tokens)
     with pytest.raises(UsageError, match="0 paragraphs"):
-        protocols.wikitext_80(base_tokenizer, texts.wikitext_paragraphs(" = One = \n a b c\n"))
+        protocols.wikitext_80(base_tokenizer, reading.wikitext_paragraphs(" = One = \n a b c\n"))
 
 
 def test_the_first_windows_of_each_document_can_be_enough(tokenizer: Any) -> None:
@@ -145,11 +145,11 @@ def test_only_wikitext_has_paragraphs(tmp_path: Path) -> None:
     line = "a house . " * 200
     (tmp_path / "wiki").write_text(f" = One = \n {line}\n")
     (tmp_path / "other").write_text(f"{line}\n{line}\n")
-    assert [len(texts.read_paragraphs(tmp_path / name)) for name in ("wiki", "other")] == [1, 0]
+    assert [len(reading.read_paragraphs(tmp_path / name)) for name in ("wiki", "other")] == [1, 0]
 
 
 def test_wikitext_is_62_articles_detokenized_and_counted_before(shared_data: Path) -> None:
-    articles = texts.read_documents(shared_data / "wikitext2" / "wiki.test.raw")
+    articles = reading.read_documents(shared_data / "wikitext2" / "wiki.test.raw")
     assert len(articles) == 62
     assert sum(article.words for article in articles) == 241_211
     assert not any(" @-@ " in article.text or " , " in article.text for article in articles)
@@ -166,7 +166,7 @@ def test_wikitext_is_62_articles_detokenized_and_counted_before(shared_data: Pat
     ],
 )
 def test_detokenizing_follows_the_rules(raw: str, plain: str) -> None:
-    assert texts.detokenize(raw) == plain
+    assert reading.detokenize(raw) == plain
 
 
 def test_chats_are_read_in_both_spellings_and_bad_lines_are_named(tmp_path: Path) -> None:
@@ -178,14 +178,14 @@ def test_chats_are_read_in_both_spellings_and_bad_lines_are_named(tmp_path: Path
     ]
     lines = [{"prompt": "p", "response": "r", "key": 7}, {"messages": turns}, {"messages": turns[:2]}]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    first, second, third = texts.read_chats(path)
+    first, second, third = reading.read_chats(path)
     assert (first.name, first.messages[0]["content"], first.response) == ("7", "p", "r")
     assert ([m["role"] for m in second.messages], second.response, third.response) == (["system", "user"], "a", None)
-    assert len(texts.read_chats(path, limit=2)) == 2
+    assert len(reading.read_chats(path, limit=2)) == 2
     for bad in ("{", '{"prompt": 1}', '{"messages": [{"role": "robot", "content": "x"}]}', "[]"):
         path.write_text('{"prompt": "p"}\n' + bad + "\n", encoding="utf-8")
         with pytest.raises(SourceError, match="line 2"):
-            texts.read_chats(path)
+            reading.read_chats(path)
 
 
 def test_reference_writes_its_own_greedy_answers_once(
@@ -194,11 +194,11 @@ def test_reference_writes_its_own_greedy_answers_once(
     """In a left-padded batch and from a cache; the oracle goes one prompt and one token at a time, without a cache."""
     import torch
 
-    from halfbyte.evaluator.scoring.model import WholeModel
+    from halfbyte.layers.model import WholeModel
 
     weights = open_weights(tiny_gemma4)
     tokenizer = protocols.load_tokenizer(weights)
-    chats = [texts.Chat(str(k), ({"role": "user", "content": q},), None) for k, q in enumerate(("Who?", ANSWER))]
+    chats = [reading.Chat(str(k), ({"role": "user", "content": q},), None) for k, q in enumerate(("Who?", ANSWER))]
     answers, facts = traces.write_answers(weights, chats, tmp_path, max_new_tokens=5)
     model = WholeModel(weights)
     for chat, answer in zip(chats, answers, strict=True):
@@ -223,7 +223,7 @@ def test_an_answer_ends_with_its_stop_token() -> None:
 
 def test_a_prompt_longer_than_the_row_is_refused(tokenizer: Any) -> None:
     with pytest.raises(SourceError, match="fills 8 tokens"):
-        protocols.given_answers(tokenizer, [texts.Chat("1", QUESTION, ANSWER)], length=8)
-    cut = protocols.given_answers(tokenizer, [texts.Chat("1", QUESTION, ANSWER * 20)], length=64)
+        protocols.given_answers(tokenizer, [reading.Chat("1", QUESTION, ANSWER)], length=8)
+    cut = protocols.given_answers(tokenizer, [reading.Chat("1", QUESTION, ANSWER * 20)], length=64)
     assert len(cut.tokens[0]) == 64
     assert np.flatnonzero(cut.scored[0])[-1] == 62

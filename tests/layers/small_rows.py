@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from halfbyte.evaluator.rows import Rows
+from halfbyte.layers.rows import Rows
 
 
 def random_rows(low: int, high: int, lengths: tuple[int, ...] = (9, 40, 23, 40, 5), seed: int = 0) -> Rows:

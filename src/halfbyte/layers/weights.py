@@ -174,6 +174,10 @@ class PlainWeights:
         if self._users > 0:
             return
         self.source.close()
+        self.forget_scratch()
+
+    def forget_scratch(self) -> None:
+        """Delete the tokenizer that was written out, if one was; the source stays open."""
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None

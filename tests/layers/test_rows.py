@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluator.small_rows import random_rows
+from layers.small_rows import random_rows
 
 from halfbyte.errors import SourceError
-from halfbyte.evaluator.rows import load_rows
+from halfbyte.layers.rows import load_rows
 
 
 def test_batches_hold_every_prediction_once_with_its_label() -> None:

@@ -1,0 +1,66 @@
+"""Text that a candidate was calibrated on says nothing about it: it is refused before anything is scored.
+
+A checkpoint of `halfbyte quantize --method scale|gptq --calibration ...` keeps the hashes of what it was fitted to, paragraph by
+paragraph (halfbyte.texts.calibration). They are compared with the chats, texts and task items that are to be measured on.
+
+The catch: only exact text is found, up to case and spaces; a translation or a paraphrase is not. A checkpoint made elsewhere says
+nothing of its calibration, and rows of a reference pack are known by their prompts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from halfbyte.errors import UsageError
+from halfbyte.evaluator.job.bases import Base, Entry
+from halfbyte.evaluator.job.material import Material
+from halfbyte.evaluator.job.writing import own_checkpoint
+from halfbyte.evaluator.packed import PackedReference
+from halfbyte.evaluator.tasks.task import Task
+from halfbyte.records import read_record
+from halfbyte.texts.calibration import chat_hashes, prompt_hashes, shared_documents, text_hashes
+
+_NAMED = 3
+
+
+def method_of(entry: Entry) -> dict[str, Any] | None:
+    """The `method` of the candidate's own quantize record, hashes and all; None if it has none (or was rounded to nearest)."""
+    found = own_checkpoint(entry)
+    record = read_record(found[0], "quantize") if found is not None else None
+    return (record or {}).get("method")
+
+
+def method_facts(entry: Entry) -> dict[str, Any] | None:
+    """The same for a record of an evaluation: what a report says of it, without the hashes."""
+    method = method_of(entry)
+    if method is None:
+        return None
+    calibration = method["calibration"] and {
+        key: value for key, value in method["calibration"].items() if key != "hashes"
+    }
+    return {"name": method["name"], "calibration": calibration, "gain": method["gain"]}
+
+
+def refuse_seen(bases: Sequence[Base], material: Material, tasks: Sequence[Task]) -> None:
+    """Raises UsageError if a candidate was calibrated on what is to be measured on, naming the documents."""
+    for base in bases:
+        for entry in base.candidates:
+            known = ((method_of(entry) or {}).get("calibration") or {}).get("hashes", ())
+            there = shared_documents(_measured(base, material, tasks), known) if known else []
+            if there:
+                more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
+                raise UsageError(
+                    f"was calibrated on {len(there)} of the documents to be measured on: {', '.join(there[:_NAMED])}{more}",
+                    where=entry.id, todo="leave them out, or calibrate on other text",
+                )  # fmt: skip
+
+
+def _measured(base: Base, material: Material, tasks: Sequence[Task]) -> Iterator[tuple[str, set[str]]]:
+    if isinstance(base.reference, PackedReference):
+        rows = base.reference.kept.rows
+        yield from ((name, prompt_hashes(text)) for name, text in zip(rows.documents, rows.texts or (), strict=False))
+    else:
+        yield from ((chat.name, chat_hashes(chat)) for chat in material.chats)
+        yield from ((document.name, text_hashes(document.text)) for document in material.documents)
+    yield from ((f"{task.name} {item.id}", prompt_hashes(item.prompt)) for task in tasks for item in task.items)
