@@ -14,6 +14,7 @@ from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
 from halfbyte.evaluator.harness import HARNESS_OPTIONS, HarnessSettings
 from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
+from halfbyte.recipe.decisions import PLAN_OPTIONS, PlanOptions
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
 
@@ -66,6 +67,8 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
             for n, default in options.items()
         }
         assert {n: options.pop(n) for n in EVALUATION_OPTIONS} == asdict(Settings())
+    if name in ("plan", "quantize"):
+        assert {n: options.pop(n) for n in PLAN_OPTIONS} == asdict(PlanOptions())
     if name == "lm_eval":
         assert {n: options.pop(n) for n in HARNESS_OPTIONS} == asdict(HarnessSettings())
     if name == "generate":

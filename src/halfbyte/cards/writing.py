@@ -18,6 +18,7 @@ from halfbyte.cards.evidence import Evidence, gather
 from halfbyte.cards.inventory import Inventory, take_inventory
 from halfbyte.cards.usage import AUTO_CLASSES, usage_snippet
 from halfbyte.errors import UsageError
+from halfbyte.recipe.decisions import bitsandbytes_for
 from halfbyte.records import write_text_atomic
 
 CARD = "README.md"
@@ -95,7 +96,9 @@ def _made(evidence: Evidence, inventory: Inventory) -> dict[str, Any]:
         "notes": (plan or {}).get("notes", []),
         "skip_list": sections.skip_list(plan) if plan else None,
         "loader_table": sections.loader_table(plan) if plan else None,
-        "blocksize": (plan or {}).get("blocksize"),
+        "blocksize": " or ".join(map(str, sections.blocksizes(plan))),
+        "bitsandbytes": bitsandbytes_for(sections.blocksizes(plan)),
+        "budget": sections.budget(plan),
     }
 
 

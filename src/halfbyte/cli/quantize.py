@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.text.options import JSON_OPTION
+from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
 from halfbyte.cli.text.show import listen, print_json
 
 
@@ -15,6 +15,9 @@ def command(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file or hub id (org/name[@revision]).")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted job there is continued.")],
     preset: Annotated[str, typer.Option(help="decoder-only, unsloth, or a TOML file.")] = "decoder-only",
+    blocksize: BLOCKSIZE_OPTION = 64,
+    budget: BUDGET_OPTION = None,
+    sensitivity: SENSITIVITY_OPTION = None,
     device: Annotated[str, typer.Option(help="Where the codec runs: cpu or cuda[:N]. The bytes are the same.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, e.g. 5GB, 500MB, 4GiB.")] = "5GB",
     allow_disagreement: Annotated[
@@ -31,6 +34,9 @@ def command(
             source,
             out,
             preset=preset,
+            blocksize=blocksize,
+            budget=budget,
+            sensitivity=sensitivity,
             device=device,
             max_shard_size=max_shard_size,
             allow_disagreement=allow_disagreement,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -19,64 +18,53 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.device import check_device
-from halfbyte.errors import OutputError, UsageError
+from halfbyte.errors import OutputError
 from halfbyte.format.checkpoint import open_source
-from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
+from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, parse_size, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import note, track
 from halfbyte.quantizer import carry, target
 from halfbyte.quantizer.journal import Journal
 from halfbyte.quantizer.tensor_work import Stopped, TensorWork
-from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.recipe.decisions import Decision, Plan, plan_options
 from halfbyte.recipe.probe import QUICK_SAMPLE, QUICK_TENSORS, probe
 from halfbyte.records import digest, write_record
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def quantize(
     source: str | Path,
     out: str | Path,
     *,
-    preset: str | Path = "decoder-only",
     device: str = "cpu",
     max_shard_size: str = "5GB",
     allow_disagreement: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write the NF4 checkpoint of `source` into the folder `out`; returns the quantize record.
 
     source              folder, .gguf file or hub id
-    preset              `decoder-only`, `unsloth`, or the path of a TOML file
     device              `cpu` or `cuda[:N]`: where the codec runs; the bytes are the same
     max_shard_size      e.g. `5GB`, `500MB`, `4GiB`
     allow_disagreement  write a skip list that loaders read differently
     overwrite           replace a checkpoint or an unfinished job of halfbyte in `out`
+    options             any field of `PlanOptions`: preset, blocksize, budget, sensitivity
 
     Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model.
     raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
     """
     from halfbyte.recipe.survey import plan_of
 
-    limit, out = parse_size(max_shard_size), Path(out)
+    limit, out, decided = parse_size(max_shard_size), Path(out), plan_options(options)
     check_device(device)
     opened = open_source(source)
     try:
         target.check_place(opened, out)
-        plan = plan_of(opened, preset=preset, allow_disagreement=allow_disagreement)
+        plan = plan_of(opened, allow_disagreement=allow_disagreement, **vars(decided))
         return Job(opened, out, plan, limit, device).run(overwrite=overwrite)
     finally:
         opened.close()
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500 MB`, `4GiB` or a plain number; raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if not match or unit is None or (size := int(float(match.group(1)) * unit)) <= 0:
-        raise UsageError(f"{text!r} is not a size", where="--max-shard-size", todo="write it as 5GB, 500MB or 4GiB")
-    return size
 
 
 @dataclass
@@ -93,7 +81,9 @@ class Job:
     resumed: int = 0
 
     def __post_init__(self) -> None:
-        groups = [outputs_of(d.name, d.dtype, d.shape, d.action, self.plan.blocksize) for d in self.plan.decisions]
+        groups = [
+            outputs_of(d.name, d.dtype, d.shape, d.action, self.plan.blocksize_of(d)) for d in self.plan.decisions
+        ]
         self.shards = plan_shards(groups, self.max_shard_bytes)
 
     @property
@@ -201,6 +191,7 @@ class Job:
                 "preset": self.plan.preset["name"],
                 "max_shard_bytes": self.max_shard_bytes,
                 "blocksize": self.plan.blocksize,
+                "budget": (self.plan.budget or {}).get("asked"),
             },
             "source": {
                 "label": self.source.label,

@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 @dataclass
 class TensorWork:
-    """What every tensor of a job shares."""
+    """What every tensor of a job shares; `blocksize` is that of a decision which names no other."""
 
     source: Source
     blocksize: int
@@ -55,7 +55,7 @@ class TensorWork:
         """
         source_hash = hashlib.sha256()
         if decision.action == "nf4":
-            output_sha256, state = self._quantize(info, target, source_hash)
+            output_sha256, state = self._quantize(info, decision.blocksize or self.blocksize, target, source_hash)
         else:
             self._copy(info, target, source_hash)
             output_sha256, state = source_hash.hexdigest(), None
@@ -81,7 +81,7 @@ class TensorWork:
             check_finite(piece, info)
             target.write(info.name, begin * piece.element_size(), memoryview(as_bytes(piece)))
 
-    def _quantize(self, info: TensorInfo, target: ShardFile, source_hash: Any) -> tuple[str, str]:
+    def _quantize(self, info: TensorInfo, blocksize: int, target: ShardFile, source_hash: Any) -> tuple[str, str]:
         import torch
 
         from halfbyte import codec
@@ -90,7 +90,7 @@ class TensorWork:
         for begin, piece in self._slices(info, source_hash):
             weight = piece.to(self.device).to(torch.bfloat16)
             try:
-                packed, absmax = codec.quantize_blocks(weight, self.blocksize, threads=1)
+                packed, absmax = codec.quantize_blocks(weight, blocksize, threads=1)
             except NonFiniteWeight as error:
                 raise _non_finite(info) from error
             codes = memoryview(as_bytes(packed.cpu()))
@@ -111,7 +111,7 @@ class TensorWork:
             data = memoryview(as_bytes(tensor))
             output_hash.update(data)
             target.write(f"{info.name}.{component}", 0, data)
-        state = nf4_layout.quant_state_json(info.shape, self.blocksize, nested.nested_offset)
+        state = nf4_layout.quant_state_json(info.shape, blocksize, nested.nested_offset)
         return output_hash.hexdigest(), state.decode()
 
 
