@@ -273,25 +273,30 @@ class Rounded:
         return self.plain.load_rows(name, begin, end, device)
 
     def _round(self, weight: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        from halfbyte import codec
-
         if self.rounding == "q4_0":
             from halfbyte.codec.q4_0 import round_to_q4_0
 
             return round_to_q4_0(weight, scale_dtype="f16")
-        flat = weight.to(torch.bfloat16).reshape(-1)
-        packed, absmax = codec.quantize_blocks(flat, self.blocksize)
-        nested = codec.nest_absmax(absmax.cpu(), threads=1)  # one thread: as the quantizer writes it
-        scales = codec.unnest_absmax(nested)
-        return codec.dequantize_blocks(packed, scales, flat.numel(), self.blocksize, torch.bfloat16).view(weight.shape)
+        return round_to_nf4(weight, self.blocksize)
 
     def companions_folder(self) -> Path:
         return self.plain.companions_folder()
 
     def close(self) -> None:
         self.plain.close()
+
+
+def round_to_nf4(weight: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """What a loader will make of `weight` once the quantizer has written it: bf16, in its shape, on its device."""
+    import torch
+
+    from halfbyte import codec
+
+    flat = weight.to(torch.bfloat16).reshape(-1)
+    packed, absmax = codec.quantize_blocks(flat, blocksize)
+    nested = codec.nest_absmax(absmax.cpu(), threads=1)  # one thread: as the quantizer writes it
+    scales = codec.unnest_absmax(nested)
+    return codec.dequantize_blocks(packed, scales, flat.numel(), blocksize, torch.bfloat16).view(weight.shape)
 
 
 class Zeros:

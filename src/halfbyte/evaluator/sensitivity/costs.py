@@ -1,0 +1,90 @@
+"""From hidden states to nats: each variant's mean KL divergence from the model, with its uncertainty over documents.
+
+    kld = mean over scored positions of KL(model || variant)
+    standard error, documents d with c_d positions and sums s_d:   sqrt( n/(n-1) sum (s_d - kld c_d)^2 ) / sum c_d
+
+The reference's log-probabilities are computed once a slice of positions, then every variant's against them, so the head
+multiplies once for the model and once for each variant.
+
+The cheap guess beside it is the drift of the residual where the change was made. How well it would have ranked the groups is a rank
+correlation (Spearman), and it is in the record because it is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.evaluator.rows import Batch, Rows
+from halfbyte.evaluator.scoring.divergence import kl_divergence, predict
+from halfbyte.evaluator.scoring.head import Head
+from halfbyte.evaluator.scoring.model import exact_float32
+from halfbyte.evaluator.scoring.scorer import POSITIONS
+from halfbyte.evaluator.sensitivity.carrying import Variant
+from halfbyte.progress import track
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def klds_of(
+    head: Head, batches: Sequence[Batch], states: Sequence[torch.Tensor], variants: Sequence[Variant]
+) -> list[np.ndarray]:
+    """Of each variant float64 [scored], batch by batch; `states` are the model's own."""
+    import torch
+
+    found: list[list[torch.Tensor]] = [[] for _ in variants]
+    with torch.inference_mode(), exact_float32(), track("divergence", len(variants), "variants") as advance:
+        for at, batch in enumerate(batches):
+            labels = torch.from_numpy(batch.labels)
+            for begin in range(0, len(labels), POSITIONS):
+                part, some = slice(begin, begin + POSITIONS), labels[begin : begin + POSITIONS]
+                reference = predict(head.logits(states[at][part]), some)
+                for kept, variant in zip(found, variants, strict=True):
+                    kept.append(kl_divergence(reference, predict(head.logits(variant.states[at][part]), some)).cpu())
+        advance(len(variants))
+    return [torch.cat(kept).numpy() for kept in found]
+
+
+def cost_of(kld: np.ndarray, document: np.ndarray) -> dict[str, float | None]:
+    """{"kld", "standard_error"}; the latter None with one document.
+
+    document  int64 [scored]: number of the document of each position, from 0
+    """
+    import numpy as np
+
+    sums, counts = np.bincount(document, kld), np.bincount(document)
+    mean, n = float(kld.mean()), len(counts)
+    if n < 2:
+        return {"kld": max(mean, 0.0), "standard_error": None}
+    spread = float(np.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum())
+    return {"kld": max(mean, 0.0), "standard_error": spread}  # below 0 by the head's rounding alone
+
+
+def documents_of(batches: Sequence[Batch], rows: Rows) -> np.ndarray:
+    """The document's number at each scored position, in the batches' order."""
+    import numpy as np
+
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.documents))}
+    of_row = np.array([numbers[name] for name in rows.documents])
+    return of_row[np.concatenate([batch.rows for batch in batches])]
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's, ties at their mean rank; None for fewer than three, or if one of them does not vary."""
+    import numpy as np
+
+    if len(one) < 3 or len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    found: Any = np.corrcoef(_ranks(one), _ranks(other))[0, 1]
+    return float(found)
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    import numpy as np
+
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum()
+    ranks: np.ndarray = (ends - (counts - 1) / 2)[place]
+    return ranks
