@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -144,7 +145,7 @@ def candidates(gguf: Path, costs: Path, options: argparse.Namespace) -> tuple[li
         found.append(point(f"knapsack {share:g}", "knapsack", share, {g["name"]: g["choice"] for g in made["groups"]}))
         if share in options.compare:
             for name, chosen in rivals(groups, limit - smallest, options.random).items():
-                found.append(point(f"{name} at {share:g}", name.rstrip("0123456789 "), share, chosen))
+                found.append(point(f"{name} at {share:g}", re.sub(r"^(random.*) \d+$", r"\1", name), share, chosen))
     assert all(p["bytes"] <= smallest + (p["share"] or 1) * (largest - smallest) for p in found)
     return found, bounds
 

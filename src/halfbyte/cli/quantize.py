@@ -9,6 +9,7 @@ import typer
 
 from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
 from halfbyte.cli.text.show import listen, print_json
+from halfbyte.recipe.decisions import bitsandbytes_for
 
 
 def command(
@@ -56,4 +57,7 @@ def command(
         f"{run['seconds']:.1f} s, {sizes['source_bytes'] / 1e9 / max(run['seconds'], 1e-9):.2f} GB/s of source, "
         f"peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
+    needed = bitsandbytes_for(record["options"].get("blocksizes", ()))
+    if needed:
+        typer.echo(f"needs bitsandbytes {needed} or newer: blocks of 32 on CPU and CUDA")
     typer.echo(f"next: halfbyte verify {out} --source {source}")

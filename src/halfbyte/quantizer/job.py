@@ -191,6 +191,7 @@ class Job:
                 "preset": self.plan.preset["name"],
                 "max_shard_bytes": self.max_shard_bytes,
                 "blocksize": self.plan.blocksize,
+                "blocksizes": self.plan.blocksizes,
                 "budget": (self.plan.budget or {}).get("asked"),
             },
             "source": {
