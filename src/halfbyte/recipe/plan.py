@@ -59,9 +59,7 @@ def make_plan(
     raises  UsageError (preset, blocksize, skip list, budget), PlanError (unknown model, missing or doubled tensors),
             ShapeMismatch (tensor and config disagree), LoaderDisagreement
     """
-    if blocksize not in BLOCKSIZES:
-        sizes = ", ".join(map(str, BLOCKSIZES))
-        raise UsageError(f"blocksize {blocksize} is not one that bitsandbytes takes", where="--blocksize", todo=sizes)
+    _check_blocksize(blocksize)
     recipe = load_preset(preset)
     if recipe.skip_modules is not None:
         check_patterns(list(recipe.skip_modules))
@@ -99,6 +97,12 @@ def make_plan(
         summary=summarize(decisions, skeleton, areas, blocksize=blocksize, card_gb=card_gb),
         budget=spent,
     )
+
+
+def _check_blocksize(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        sizes = ", ".join(map(str, BLOCKSIZES))
+        raise UsageError(f"blocksize {blocksize} is not one that bitsandbytes takes", where="--blocksize", todo=sizes)
 
 
 def _no_verbatim_list(recipe: Preset) -> None:

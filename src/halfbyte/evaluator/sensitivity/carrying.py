@@ -129,7 +129,8 @@ class CarryingModel(StreamedModel):
 
     def _layer(self, number: int, states: torch.Tensor, call: Call) -> torch.Tensor:
         found = self.layers[number](states.to(self.device), *call.args, **call.kwargs)
-        return found[0] if isinstance(found, tuple) else found
+        behind: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return behind
 
     @contextmanager
     def _wearing(self, number: int, variant: Variant, rounded: dict[tuple[str, int], torch.Tensor]) -> Iterator[None]:

@@ -35,7 +35,11 @@ def klds_of(
     import torch
 
     found: list[list[torch.Tensor]] = [[] for _ in variants]
-    with torch.inference_mode(), exact_float32(), track("divergence", len(variants), "variants") as advance:
+    with (
+        torch.inference_mode(),
+        exact_float32(),
+        track("divergence", len(batches) * len(variants), "variants") as advance,
+    ):
         for at, batch in enumerate(batches):
             labels = torch.from_numpy(batch.labels)
             for begin in range(0, len(labels), POSITIONS):
@@ -43,7 +47,7 @@ def klds_of(
                 reference = predict(head.logits(states[at][part]), some)
                 for kept, variant in zip(found, variants, strict=True):
                     kept.append(kl_divergence(reference, predict(head.logits(variant.states[at][part]), some)).cpu())
-        advance(len(variants))
+            advance(len(variants))
     return [torch.cat(kept).numpy() for kept in found]
 
 
@@ -68,7 +72,8 @@ def documents_of(batches: Sequence[Batch], rows: Rows) -> np.ndarray:
 
     numbers = {name: number for number, name in enumerate(dict.fromkeys(rows.documents))}
     of_row = np.array([numbers[name] for name in rows.documents])
-    return of_row[np.concatenate([batch.rows for batch in batches])]
+    found: np.ndarray = of_row[np.concatenate([batch.rows for batch in batches])]
+    return found
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
