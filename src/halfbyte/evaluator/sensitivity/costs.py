@@ -32,9 +32,12 @@ def klds_of(
     head: Head, batches: Sequence[Batch], states: Sequence[torch.Tensor], variants: Sequence[Variant]
 ) -> list[np.ndarray]:
     """Of each variant float64 [scored], batch by batch; `states` are the model's own."""
+    import numpy as np
     import torch
 
-    found: list[list[torch.Tensor]] = [[] for _ in variants]
+    # one array from the start: small results kept between large temporaries would pin the heap, 25 MB a variant
+    found = np.empty((len(variants), sum(len(batch.labels) for batch in batches)))
+    done = 0
     with (
         torch.inference_mode(),
         exact_float32(),
@@ -46,9 +49,11 @@ def klds_of(
                 part, some = slice(begin, begin + POSITIONS), labels[begin : begin + POSITIONS]
                 reference = predict(head.logits(states[at][part]), some)
                 for kept, variant in zip(found, variants, strict=True):
-                    kept.append(kl_divergence(reference, predict(head.logits(variant.states[at][part]), some)).cpu())
+                    kld = kl_divergence(reference, predict(head.logits(variant.states[at][part]), some))
+                    kept[done : done + len(some)] = kld.cpu().numpy()
+                done += len(some)
             advance(len(variants))
-    return [torch.cat(kept).numpy() for kept in found]
+    return list(found)
 
 
 def cost_of(kld: np.ndarray, document: np.ndarray) -> dict[str, float | None]:
