@@ -109,6 +109,18 @@ def test_decisions_carry_their_block_and_a_reason_with_nats_and_bytes(
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
+def test_finer_blocks_that_were_measured_to_be_no_better_are_not_bought(small: tuple[Path, Path, Plan]) -> None:
+    config, costs, _ = small
+    record = json.loads((costs / "halfbyte" / "sensitivity.json").read_text())
+    worse = record["groups"][0]
+    worse["costs"]["nf4-32"]["kld"] = 1.1 * worse["costs"]["nf4-64"]["kld"]
+    smallest, largest = bounds(config, costs)
+    limit = smallest + int(0.015 * (largest - smallest))
+    made = plan(config, budget=f"{limit}B", sensitivity=change(costs, groups=record["groups"]))
+    told = {d.module: d.reason for d in made.decisions}
+    assert all("NF4-32 was measured to save nothing for" in told[module] for module in worse["modules"])
+
+
 def test_the_digest_tells_block_sizes_apart_and_is_the_old_one_without(small: tuple[Path, Path, Plan]) -> None:
     config, costs, free = small
     smallest, largest = bounds(config, costs)

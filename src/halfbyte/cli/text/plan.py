@@ -11,6 +11,7 @@ from halfbyte.recipe.linter import mark_of
 
 GIB = 2**30
 _SHOWN_REASONS = 3
+_SHOWN_GROUPS = 24
 
 
 def render(plan: dict[str, Any], *, with_tensors: bool = False) -> str:
@@ -44,7 +45,7 @@ def _blocks(plan: dict[str, Any]) -> str:
 
 
 def _budget(spent: dict[str, Any]) -> list[str]:
-    """What was asked, what was chosen, and on what evidence; then the groups that are not simply NF4-64."""
+    """What was asked, what was chosen, and on what evidence; then what was bought, the best a byte first."""
     measured, joint = spent["sensitivity"], spent["sensitivity"]["joint"]["nf4-64"]
     lines = [
         f"budget      {spent['asked']}: at most {spent['at_most']:,} of {spent['bytes']:,} bytes are used "
@@ -57,11 +58,16 @@ def _budget(spent: dict[str, Any]) -> list[str]:
     ]
     if spent["unmeasured"]:
         lines.append(f"unmeasured  {len(spent['unmeasured'])} modules stay as the preset has them")
+    bought = []
     for group in spent["groups"]:
         if group["choice"] != "nf4-64":
             saved = group["nats"]["nf4-64"] - group["nats"][group["choice"]]
             price = group["bytes"][group["choice"]] - group["bytes"]["nf4-64"]
-            lines.append(f"  {group['choice']:7} {group['name']}: saves {saved:.2g} nats for {price / 1e6:.2f} MB")
+            said = f"  {group['choice']:7} {group['name']}: saves {saved:.2g} nats for {price / 1e6:.2f} MB"
+            bought.append((-saved / price, said))
+    lines += [said for _, said in sorted(bought)[:_SHOWN_GROUPS]]
+    if len(bought) > _SHOWN_GROUPS:
+        lines.append(f"  and {len(bought) - _SHOWN_GROUPS} more, less saved a byte (--tensors or --json lists all)")
     return lines
 
 
@@ -108,7 +114,7 @@ def _block_sizes(plan: dict[str, Any]) -> Iterator[str]:
     found = plan["summary"].get("blocksizes", {})
     if "64" in found and "32" in found:
         yield "block size  " + "; ".join(
-            f"{size}: {row['file'] / GIB:.2f} GiB, {row['bits_per_weight']:.3f} bits a weight"
+            f"{size}: {row['file'] / GIB:.3f} GiB, {row['bits_per_weight']:.3f} bits a weight"
             for size, row in found.items() if row["bits_per_weight"]
         )  # fmt: skip
     own = [d.get("blocksize") or plan["blocksize"] for d in plan["decisions"] if d["action"] == "nf4"]

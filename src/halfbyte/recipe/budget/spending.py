@@ -9,8 +9,9 @@ A budget bounds the bytes of all tensors in the file, kept ones included; a quan
 file's tensors are never larger. Headers (some hundred KiB) and tokenizer are not counted, as nowhere in a plan.
 
 The catch: costs are measured one group at a time and added up. Where errors of groups meet, the whole is not the sum (the
-record holds both for the two uniform checkpoints). The choice is exact for the sum; what the checkpoint loses is for
-`halfbyte evaluate` to say. A module that was not measured stays as the preset has it.
+record holds both for the two uniform checkpoints). And a cost has noise, so the smallest sum is partly luck: it flatters. The
+choice is exact for the sum; what the checkpoint loses is for `halfbyte evaluate` to say, on other text. A module that was not
+measured stays as the preset has it.
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ def _decided(
     """The tensor's decision with its reason: the nats saved against NF4-64, and their price."""
     label = _label(choice, decision)
     if choice == "nf4-64":
-        why = f"costs {nats[choice]:.2g} nats; NF4-32 would save {nats[choice] - nats['nf4-32']:.2g}"
-        price = sizes["nf4-32"] - sizes[choice]
+        saved, price = nats[choice] - nats["nf4-32"], sizes["nf4-32"] - sizes[choice]
+        would = f"would save {saved:.2g}" if saved > 0 else "was measured to save nothing"
+        why = f"costs {nats[choice]:.2g} nats; NF4-32 {would}"
     else:
         why, price = f"saves {nats['nf4-64'] - nats[choice]:.2g} nats", sizes[choice] - sizes["nf4-64"]
     reason = f"{BUDGET}{label}: {why} for {_megabytes(price)}"
