@@ -4,7 +4,7 @@
     python benchmarks/budget.py OUT --device cuda --rows 80 --max-new-tokens 128 --limit 64 --shares 0.005 0.0106 0.02 0.05 0.1 0.2 0.4 \\
         --compare 0.005 0.05 0.2 --random 20
 
-    costs       `halfbyte.sensitivity` on human-written chats (self-instruct's seed tasks), if OUT has no record yet
+    costs       `halfbyte.sensitivity` on answers of the model itself to self-instruct's seed tasks, if OUT has no record yet
     rows        kld[assistant,on-policy]: MT-Bench's first turns, answered by the reference; never the texts of the costs
     knapsack    `halfbyte.plan --budget` at each share of the way from all in NF4-64 to all as it is
     and at each share of --compare, of equal size (as full as it goes, never more):
@@ -263,7 +263,10 @@ def main() -> None:
     started = time.perf_counter()
     if not (costs / "halfbyte" / "sensitivity.json").is_file():
         chats = write_chats(shared / "chat" / "seed_tasks.jsonl", out / "chats.jsonl")
-        halfbyte.sensitivity(gguf, costs, data=chats, limit=options.limit, batch=options.batch, device=options.device)
+        halfbyte.sensitivity(
+            gguf, costs, data=chats, limit=options.limit, batch=options.batch, device=options.device,
+            protocol="kld[assistant,on-policy]", max_new_tokens=options.max_new_tokens,
+        )  # fmt: skip
     record = json.loads((costs / "halfbyte" / "sensitivity.json").read_text(encoding="utf-8"))
     write_prompts(shared / "mtbench" / "question.jsonl", out / "prompts.jsonl", options.rows)
     points, bounds = candidates(gguf, costs, options)

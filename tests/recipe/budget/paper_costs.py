@@ -26,7 +26,9 @@ def write_costs(folder: Path, config: dict[str, Any], plan: Plan, seed: int = 0)
     for group in groups(config, plan):
         cost = float(10 ** rng.uniform(-7, -3))
         costs = {"nf4-64": {"kld": cost}, "nf4-32": {"kld": cost * float(rng.uniform(0.6, 0.98))}}
-        listed.append({"name": group.name, "modules": list(group.modules), "costs": costs})
+        listed.append(
+            {"name": group.name, "modules": list(group.modules), "costs": costs, "saving_standard_error": None}
+        )
     body = {
         "groups": listed,
         "joint": {choice: {"kld": 0.02, "sum": 0.03} for choice in ("nf4-64", "nf4-32")},

@@ -61,14 +61,19 @@ def cost_of(kld: np.ndarray, document: np.ndarray) -> dict[str, float | None]:
 
     document  int64 [scored]: number of the document of each position, from 0
     """
+    # a mean below 0 is the head's rounding alone
+    return {"kld": max(float(kld.mean()), 0.0), "standard_error": standard_error(kld, document)}
+
+
+def standard_error(values: np.ndarray, document: np.ndarray) -> float | None:
+    """Of the mean of `values`, documents being what is drawn; None with one document."""
     import numpy as np
 
-    sums, counts = np.bincount(document, kld), np.bincount(document)
-    mean, n = float(kld.mean()), len(counts)
+    sums, counts = np.bincount(document, values), np.bincount(document)
+    n = len(counts)
     if n < 2:
-        return {"kld": max(mean, 0.0), "standard_error": None}
-    spread = float(np.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum())
-    return {"kld": max(mean, 0.0), "standard_error": spread}  # below 0 by the head's rounding alone
+        return None
+    return float(np.sqrt(n / (n - 1) * ((sums - values.mean() * counts) ** 2).sum()) / counts.sum())
 
 
 def documents_of(batches: Sequence[Batch], rows: Rows) -> np.ndarray:

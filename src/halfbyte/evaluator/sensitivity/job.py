@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.device import check_device
 from halfbyte.errors import OutputError, SourceError, UsageError
@@ -30,7 +30,7 @@ from halfbyte.evaluator.job.scoring import device_name
 from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
 from halfbyte.evaluator.rows import Rows
 from halfbyte.evaluator.sensitivity.carrying import CarryingModel, Variant
-from halfbyte.evaluator.sensitivity.costs import cost_of, documents_of, klds_of, rank_correlation
+from halfbyte.evaluator.sensitivity.costs import cost_of, documents_of, klds_of, rank_correlation, standard_error
 from halfbyte.evaluator.sensitivity.settings import probing_of
 from halfbyte.evaluator.weights import Nf4Weights, PlainWeights, open_weights
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
@@ -39,6 +39,9 @@ from halfbyte.recipe.budget.sensitivity import MEASURED, NAME, tensors_digest
 from halfbyte.recipe.skeleton import build_skeleton
 from halfbyte.recipe.survey import plan_of
 from halfbyte.records import read_record, write_record
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NOTHING = "nothing"
 
@@ -138,15 +141,20 @@ class _Work:
             every = [Variant(_NOTHING, "", frozenset(), 64), *joint, *singles]
             document = documents_of(batches, rows)
             found: dict[tuple[str, str], dict[str, Any]] = {}
+            tokens: dict[tuple[str, str], np.ndarray] = {}
             passes = _passes(every, model.carried_at_once(batches))
             for some in passes:
                 states = model.carry(batches, some)
                 for variant, kld in zip(some, klds_of(model.head, batches, states, some), strict=True):
-                    found[variant.name, variant.choice] = {**cost_of(kld, document), "drift": variant.drift}
+                    name = (variant.name, variant.choice)
+                    found[name], tokens[name] = {**cost_of(kld, document), "drift": variant.drift}, kld
                     variant.states = []
         finally:
             model.close()
         measured = [_measured(group, first, found) for group, first in inside]
+        for each in measured:
+            coarse, fine = (tokens[each["name"], choice] for choice in MEASURED)
+            each["saving_standard_error"] = standard_error(coarse - fine, document)
         return {
             "method": "rtn, one group at a time, float64 KLD of the whole vocabulary",
             "groups": measured,

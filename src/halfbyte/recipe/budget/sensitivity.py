@@ -1,6 +1,7 @@
 """The sensitivity record, as a plan reads it: what storing one group coarsely costs, everything else as it is.
 
-    groups   [{"name", "modules": [...], "costs": {"nf4-64": {"kld", "standard_error", ...}, "nf4-32": {...}}}]      nats a token
+    groups   [{"name", "modules": [...], "costs": {"nf4-64": {"kld", "standard_error", ...}, "nf4-32": {...}},
+               "saving_standard_error": of the paired difference, or null}]      nats a token
     joint    {"nf4-64": {"kld", "sum"}, ...}      all groups at once, beside the sum of the single ones
     rows     {"digest", "protocol", "n", "documents"}, data [{"name", "sha256", "bytes"}]
     source   {"label", "digest", "tensors": digest of names and shapes}
@@ -33,11 +34,13 @@ class Sensitivity:
     """A record that was found in order.
 
     costs  group -> choice (of MEASURED) -> nats
+    errors  group -> standard error of what NF4-32 saves, None with one document
     modules  group -> module paths
     about  what a plan carries on: digest of the record, rows, data, source, joint
     """
 
     costs: Mapping[str, Mapping[str, float]]
+    errors: Mapping[str, float | None]
     modules: Mapping[str, Sequence[str]]
     about: Mapping[str, Any]
 
@@ -56,6 +59,9 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     try:
         groups = body["groups"]
         costs = {g["name"]: {choice: _nats(g["costs"][choice]["kld"]) for choice in MEASURED} for g in groups}
+        errors = {
+            g["name"]: None if g["saving_standard_error"] is None else _nats(g["saving_standard_error"]) for g in groups
+        }
         modules = {g["name"]: tuple(str(module) for module in g["modules"]) for g in groups}
         about = {
             "digest": digest(body),
@@ -67,7 +73,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"a field is missing or wrong: {error}", where=str(file), todo=_TODO) from None
-    return Sensitivity(costs, modules, about)
+    return Sensitivity(costs, errors, modules, about)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Sequence[int]]]) -> str:

@@ -2,6 +2,7 @@
 
     groups (what loaders fuse is one)  x  three choices  ->  bytes, counted     (halfbyte.format.nf4_layout)
                                                          ->  nats, measured     (halfbyte.recipe.budget.sensitivity)
+                                                             and settled        (halfbyte.recipe.budget.settling)
     -> the cheapest choice within the budget, exactly                           (halfbyte.recipe.budget.knapsack)
     -> decisions with their reasons; the skip list is derived from them and proven in the loaders, as ever
 
@@ -29,6 +30,7 @@ from halfbyte.format.shards import parse_size
 from halfbyte.recipe.budget.groups import Group, groups_of
 from halfbyte.recipe.budget.knapsack import NAT, Option, solve
 from halfbyte.recipe.budget.sensitivity import MEASURED, Sensitivity, read_sensitivity, tensors_digest
+from halfbyte.recipe.budget.settling import settle
 from halfbyte.recipe.decisions import BUDGET, Decision, PlanOptions
 from halfbyte.recipe.sizes import nf4_bytes, source_bytes
 from halfbyte.recipe.skeleton import Skeleton
@@ -81,7 +83,8 @@ def spend(
     limit = _limit(budget.asked, sum(prod(d.shape) for d in decisions))
     bounds = rest + sum(s["nf4-64"] for s in sizes.values()), rest + sum(s[KEEP] for s in sizes.values())
     _check_bounds(budget.asked, limit, bounds)
-    costs = {g.name: {**budget.sensitivity.costs[g.name], KEEP: 0.0} for g in groups}
+    settled = settle(budget.sensitivity.costs, budget.sensitivity.errors)
+    costs = {g.name: {**settled.costs[g.name], KEEP: 0.0} for g in groups}
     found = solve(
         [[Option(sizes[g.name][c], round(NAT * costs[g.name][c])) for c in CHOICES] for g in groups], limit - rest
     )
@@ -98,6 +101,7 @@ def spend(
         "uniform": {choice: sum(costs[g.name][choice] for g in groups) for choice in MEASURED},
         "tally": _tally(groups, chosen, by_name),
         "states": found.states,
+        "settled": {"ratio": settled.ratio, "spread": settled.spread},
         "unmeasured": [module for group in every if group.name not in sizes for module in group.modules],
         "sensitivity": dict(budget.sensitivity.about),
         "groups": [
