@@ -14,7 +14,9 @@ from halfbyte.cli import generate as generate_command
 from halfbyte.cli.main import app
 from halfbyte.evaluator.harness import HARNESS_OPTIONS, HarnessSettings
 from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
+from halfbyte.evaluator.sensitivity import SENSITIVITY_OPTIONS, Probing
 from halfbyte.quantizer.method import METHOD_OPTIONS, Method
+from halfbyte.recipe.decisions import PLAN_OPTIONS, PlanOptions
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
 
@@ -55,7 +57,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "quantize", "verify", "generate", "evaluate", "lm_eval", "card", "push", "qat"]
+    "name", ["plan", "quantize", "verify", "generate", "evaluate", "lm_eval", "card", "push", "qat", "sensitivity"]
 )
 def test_options_of_the_command_are_the_parameters_of_the_function(name: str) -> None:
     command = inspect.signature(import_module(f"halfbyte.cli.{name}").command).parameters
@@ -74,7 +76,11 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
     if name == "quantize":
         options["fit"] = options["fit"] or ()
         assert {n: options.pop(n) for n in METHOD_OPTIONS} == asdict(Method())
-        assert options.pop("preset") == "decoder-only"
+    if name == "sensitivity":
+        options["data"] = options["data"] or ()
+        assert {n: options.pop(n) for n in SENSITIVITY_OPTIONS} == asdict(Probing())
+    if name in ("plan", "quantize"):
+        assert {n: options.pop(n) for n in PLAN_OPTIONS} == asdict(PlanOptions())
     if name == "lm_eval":
         assert {n: options.pop(n) for n in HARNESS_OPTIONS} == asdict(HarnessSettings())
     if name == "generate":

@@ -9,6 +9,7 @@
     card       write its model card from the records              halfbyte.card(out)
     push       upload it                                          halfbyte.push(out, "org/name")
     qat        train a small model onto a 4-bit grid              halfbyte.qat(source, out, data="chats.jsonl")
+    sensitivity  what each module costs in NF4, for --budget      halfbyte.sensitivity(source, out, data="text.txt")
 
 Each is a command of the same name (`lm-eval` for `lm_eval`) with the same parameters. `halfbyte.load(out)` is none: it gives the model
 itself, a transformers model with our 4-bit linears where they are faster. Importing this package imports nothing heavy: a name is
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluator.harness import lm_eval
     from halfbyte.evaluator.job import evaluate
+    from halfbyte.evaluator.sensitivity import sensitivity
     from halfbyte.quantizer.job import quantize
     from halfbyte.recipe.decisions import Decision, Plan
     from halfbyte.recipe.survey import plan
@@ -46,6 +48,7 @@ __all__ = [
     "push",
     "qat",
     "quantize",
+    "sensitivity",
     "verify",
 ]
 
@@ -62,6 +65,7 @@ _HOME = {
     "push": "halfbyte.cards",
     "qat": "halfbyte.trainer.qat",
     "quantize": "halfbyte.quantizer.job",
+    "sensitivity": "halfbyte.evaluator.sensitivity",
     "verify": "halfbyte.verifier",
 }
 

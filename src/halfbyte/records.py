@@ -10,6 +10,7 @@ card or report that finds another digest in the checkpoint is an error, never a 
     generate.json   sanity prompts and answers                          (verifier)
     evaluate.json   what it lost against its reference, with intervals  (evaluator)
     lm-eval.json    lm-eval's tasks on two models, paired               (evaluator)
+    sensitivity.json  what each module of a source costs in NF4, for a budget  (evaluator; in a folder of its own)
     qat.json        how a source was trained onto a grid                  (trainer)
 """
 

@@ -25,7 +25,7 @@ from halfbyte.errors import SourceError
 from halfbyte.format.headers import read_header
 from halfbyte.format.nf4_layout import QUANT_STATE_SUFFIX, component_sizes
 from halfbyte.format.tensors import DTYPES
-from halfbyte.recipe.decisions import AREAS
+from halfbyte.recipe.decisions import AREAS, shared_reason
 
 _STATE = f".{QUANT_STATE_SUFFIX}"
 #: bytes by which one quant_state text can differ from a plan's estimate (a double prints in 1 to 24 characters)
@@ -37,7 +37,7 @@ _TODO = "the checkpoint and its records disagree: run halfbyte quantize again"
 class Area:
     """One area: source tensors, how many became NF4, bytes before and after.
 
-    reasons  (action, reason) -> number of source tensors
+    reasons  (action, reason) -> number of source tensors; reasons of a budget without each tensor's own figures
     """
 
     name: str
@@ -130,7 +130,7 @@ def _by_area(folder: Path, sizes: Mapping[str, int], plan: Mapping[str, Any]) ->
         account = accounts.setdefault(decision["area"], Area(decision["area"]))
         account.tensors += 1
         account.nf4 += decision["action"] == "nf4"
-        account.reasons[decision["action"], decision["reason"]] += 1
+        account.reasons[decision["action"], shared_reason(decision["reason"])] += 1
         account.source_bytes += source_bytes(decision)
         account.output_bytes += sum(found.values())
     if left:
@@ -147,9 +147,12 @@ def source_bytes(decision: Mapping[str, Any]) -> int:
 
 
 def planned_bytes(decision: Mapping[str, Any], blocksize: int) -> dict[str, int]:
-    """Tensor name -> bytes that it must have on disk (its quant_state text: about)."""
+    """Tensor name -> bytes that it must have on disk (its quant_state text: about).
+
+    blocksize  the plan's; a decision may name its own
+    """
     name = decision["name"]
     if decision["action"] == "keep":
         return {name: source_bytes(decision)}
-    parts = component_sizes(name, decision["shape"], blocksize)
+    parts = component_sizes(name, decision["shape"], decision.get("blocksize") or blocksize)
     return {part: prod(shape) * DTYPES[dtype][0] for part, (dtype, shape) in parts.items()}

@@ -29,6 +29,9 @@ def commands(evidence: Evidence, target: str) -> Markdown:
     version = evidence.quantize.get("versions", {}).get("halfbyte")
     options = ["--preset", str(preset)] if preset else []
     options += _method_options(evidence.quantize.get("method"))
+    blocks, spent = (evidence.plan or {}).get("blocksize", 64), (evidence.plan or {}).get("budget")
+    options += ["--blocksize", str(blocks)] if blocks != 64 else []
+    options += ["--budget", spent["asked"], "--sensitivity", "sensitivity.json"] if spent else []
     lines = [
         ["pip", "install", f"halfbyte=={version}" if version else "halfbyte"],
         ["halfbyte", "quantize", source, target, *options],

@@ -108,6 +108,34 @@ def loader_table(plan: Mapping[str, Any]) -> Markdown | None:
     return table(["Loader", "4-bit modules:", "By area", "As planned"], rows) if rows else None
 
 
+def blocksizes(plan: Mapping[str, Any] | None) -> list[int]:
+    """Every block size of the plan's NF4 tensors, largest first; [] without a plan."""
+    if plan is None:
+        return []
+    own = {d.get("blocksize") or plan["blocksize"] for d in plan["decisions"] if d["action"] == "nf4"}
+    return sorted(own or {plan["blocksize"]}, reverse=True)
+
+
+def budget(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a budget chose, and from what; None if there was none."""
+    found = (plan or {}).get("budget")
+    if not found:
+        return None
+    measured = found["sensitivity"]
+    return {
+        "asked": code(found["asked"]),
+        "bytes": gigabytes(found["bytes"]),
+        "tally": ", ".join(f"{number} {choice}" for choice, number in found["tally"].items()),
+        "nats": decimal(found["nats"], 4),
+        "uniform": decimal(found["uniform"].get("nf4-64"), 4),
+        "n": count(measured["n"]),
+        "documents": count(measured["documents"]),
+        "protocol": code(measured["protocol"]),
+        "data": joined([joined([code(each["name"]), each["sha256"][:12]], " sha256 ") for each in measured["data"]]),
+        "digest": code(measured["digest"]),
+    }
+
+
 def skip_list(plan: Mapping[str, Any]) -> Markdown:
     """`llm_int8_skip_modules` as written in config.json."""
     return joined([code(name) for name in plan["skip_modules"]]) if plan["skip_modules"] else Markdown("none")

@@ -19,6 +19,7 @@ from halfbyte.cards.inventory import Inventory, take_inventory
 from halfbyte.cards.method import method_words
 from halfbyte.cards.usage import AUTO_CLASSES, usage_snippet
 from halfbyte.errors import UsageError
+from halfbyte.recipe.decisions import bitsandbytes_for
 from halfbyte.records import write_text_atomic
 
 CARD = "README.md"
@@ -98,7 +99,9 @@ def _made(evidence: Evidence, inventory: Inventory) -> dict[str, Any]:
         "loader_table": sections.loader_table(plan) if plan else None,
         "method": method_words(evidence.quantize),
         "fitted": bool(evidence.quantize.get("method")),
-        "blocksize": (plan or {}).get("blocksize"),
+        "blocksize": " or ".join(map(str, sections.blocksizes(plan))),
+        "bitsandbytes": bitsandbytes_for(sections.blocksizes(plan)),
+        "budget": sections.budget(plan),
     }
 
 

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, verify
+from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, sensitivity, verify
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def _root(
 ) -> None: ...
 
 
-for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, demo):
+for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity, demo):
     app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.text.options import JSON_OPTION
+from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
 from halfbyte.cli.text.show import listen, print_json
 
 
 def command(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, .gguf file or hub id.")],
     preset: Annotated[str, typer.Option(help="decoder-only, unsloth, or a TOML file.")] = "decoder-only",
+    blocksize: BLOCKSIZE_OPTION = 64,
+    budget: BUDGET_OPTION = None,
+    sensitivity: SENSITIVITY_OPTION = None,
     card_gb: Annotated[float, typer.Option(min=0.1, help="Memory of the GPU to fit, in GB.")] = 24,
     allow_disagreement: Annotated[
         bool, typer.Option(help="Only show loaders that disagree, or refuse with exit code 2.")
@@ -27,7 +30,16 @@ def command(
     from halfbyte.recipe.survey import plan
 
     with listen():
-        made = plan(source, preset=preset, card_gb=card_gb, allow_disagreement=allow_disagreement, probe=probe)
+        made = plan(
+            source,
+            card_gb=card_gb,
+            allow_disagreement=allow_disagreement,
+            probe=probe,
+            preset=preset,
+            blocksize=blocksize,
+            budget=budget,
+            sensitivity=sensitivity,
+        )
     if json:
         body = {"digest": made.digest, **made.summary, **made.to_dict()}
         if not tensors:

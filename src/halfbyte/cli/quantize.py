@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.text.options import JSON_OPTION
+from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
 from halfbyte.cli.text.show import listen, print_json
+from halfbyte.recipe.decisions import bitsandbytes_for
 
 
 def command(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file or hub id (org/name[@revision]).")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an interrupted job there is continued.")],
     preset: Annotated[str, typer.Option(help="decoder-only, unsloth, or a TOML file.")] = "decoder-only",
+    blocksize: BLOCKSIZE_OPTION = 64,
+    budget: BUDGET_OPTION = None,
+    sensitivity: SENSITIVITY_OPTION = None,
     device: Annotated[str, typer.Option(help="Where the codec runs: cpu or cuda[:N]. The bytes of rtn are the same.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest shard, e.g. 5GB, 500MB, 4GiB.")] = "5GB",
     allow_disagreement: Annotated[
@@ -47,6 +51,9 @@ def command(
             source,
             out,
             preset=preset,
+            blocksize=blocksize,
+            budget=budget,
+            sensitivity=sensitivity,
             device=device,
             max_shard_size=max_shard_size,
             allow_disagreement=allow_disagreement,
@@ -77,4 +84,7 @@ def command(
         f"{run['seconds']:.1f} s, {sizes['source_bytes'] / 1e9 / max(run['seconds'], 1e-9):.2f} GB/s of source, "
         f"peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
+    needed = bitsandbytes_for(record["options"].get("blocksizes", ()))
+    if needed:
+        typer.echo(f"needs bitsandbytes {needed} or newer: blocks of 32 on CPU and CUDA")
     typer.echo(f"next: halfbyte verify {out} --source {source}")

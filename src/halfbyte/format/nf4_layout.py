@@ -24,6 +24,8 @@ QUANT_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 COMPONENTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE_SUFFIX)
 #: characters of a typical offset (a float32 read back as a double; at most 24)
 _TYPICAL_OFFSET = 20
+#: bytes by which one weight's JSON may be longer than `component_sizes` counts it
+STATE_MAY_ADD = 24 - _TYPICAL_OFFSET
 
 
 def quant_state_json(shape: Sequence[int], blocksize: int, nested_offset: float, dtype: str = "bfloat16") -> bytes:

@@ -16,18 +16,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from halfbyte.errors import OutputError
+from halfbyte.errors import OutputError, UsageError
 from halfbyte.format import nf4_layout
 from halfbyte.format.tensors import DTYPES
 from halfbyte.records import current_umask
 
 _METADATA = {"format": "pt"}
 _HASH_CHUNK = 1 << 22
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class Shard:
     def owners(self) -> list[str]:
         """The source tensors whose results lie in this shard."""
         return list(dict.fromkeys(t.owner for t in (*self.tensors, *self.quant_states)))
+
+
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
+    """Bytes of `5GB`, `500 MB`, `4GiB` or a plain number; raises UsageError, naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if not match or unit is None or (size := int(float(match.group(1)) * unit)) <= 0:
+        raise UsageError(f"{text!r} is not a size", where=option, todo="write it as 5GB, 500MB or 4GiB")
+    return size
 
 
 def outputs_of(name: str, dtype: str, shape: Sequence[int], action: str, blocksize: int) -> list[OutputTensor]:

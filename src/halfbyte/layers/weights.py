@@ -4,7 +4,7 @@ A candidate is a way of obtaining the tensors of one model. It may be stored (a 
 or by stock bitsandbytes) or computed on the fly from a source; the scorer sees names and tensors and cannot tell.
 
     SRC           a folder in bf16, a .gguf file (expanded to bf16), a folder in NF4 (dequantized), a hub id
-    SRC@nf4       what `halfbyte.quantize` would write of SRC, without writing it
+    SRC@nf4       what `halfbyte.quantize` would write of SRC, without writing it; SRC@nf4-32: in blocks of 32
     SRC@q4_0      llama.cpp's q4_0 grid: int4 x fp16 scale in blocks of 32, on the very tensors that NF4 would replace
     SRC@uniform   every tensor zero: all logits are equal, so perplexity must be the vocabulary size. Tests the harness
     uniform       the same, in the shape of the reference
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 #: how a source's weights may be rounded on the way: the part of a spec behind the last @
-ROUNDINGS = ("nf4", "q4_0", "uniform")
+ROUNDINGS = ("nf4", "nf4-32", "q4_0", "uniform")
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
@@ -81,7 +81,7 @@ class Weights(Protocol):
 def open_weights(spec: str | Path, blocksize: int = 64, *, like: Weights | None = None) -> Weights:
     """The weights that `spec` names (see the top of this file).
 
-    blocksize  of `SRC@nf4`
+    blocksize  of `SRC@nf4`; `SRC@nf4-32` says its own
     like       the reference: gives `uniform` its shapes, and its open file to a candidate rounded from the same source (a
                GGUF takes seconds to open)
     raises     SourceError (cannot be read, not NF4, another 4-bit type), UsageError (`uniform` without `like`)
@@ -102,6 +102,8 @@ def open_weights(spec: str | Path, blocksize: int = 64, *, like: Weights | None 
     if isinstance(stored, Nf4Weights):
         stored.close()
         raise SourceError("is quantized already", where=reference, todo="round the checkpoint it was made from")
+    if rounding == "nf4-32":
+        rounding, blocksize = "nf4", 32
     return Rounded(stored, rounding, blocksize, text)
 
 
@@ -275,25 +277,30 @@ class Rounded:
         return self.plain.load_rows(name, begin, end, device)
 
     def _round(self, weight: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        from halfbyte import codec
-
         if self.rounding == "q4_0":
             from halfbyte.codec.q4_0 import round_to_q4_0
 
             return round_to_q4_0(weight, scale_dtype="f16")
-        flat = weight.to(torch.bfloat16).reshape(-1)
-        packed, absmax = codec.quantize_blocks(flat, self.blocksize)
-        nested = codec.nest_absmax(absmax.cpu(), threads=1)  # one thread: as the quantizer writes it
-        scales = codec.unnest_absmax(nested)
-        return codec.dequantize_blocks(packed, scales, flat.numel(), self.blocksize, torch.bfloat16).view(weight.shape)
+        return round_to_nf4(weight, self.blocksize)
 
     def companions_folder(self) -> Path:
         return self.plain.companions_folder()
 
     def close(self) -> None:
         self.plain.close()
+
+
+def round_to_nf4(weight: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """What a loader will make of `weight` once the quantizer has written it: bf16, in its shape, on its device."""
+    import torch
+
+    from halfbyte import codec
+
+    flat = weight.to(torch.bfloat16).reshape(-1)
+    packed, absmax = codec.quantize_blocks(flat, blocksize)
+    nested = codec.nest_absmax(absmax.cpu(), threads=1)  # one thread: as the quantizer writes it
+    scales = codec.unnest_absmax(nested)
+    return codec.dequantize_blocks(packed, scales, flat.numel(), blocksize, torch.bfloat16).view(weight.shape)
 
 
 class Zeros:

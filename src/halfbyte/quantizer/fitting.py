@@ -20,7 +20,7 @@ from halfbyte.progress import note, track
 from halfbyte.quantizer.fitted import FittedTensors, Place, gain_of
 from halfbyte.quantizer.journal import Journal
 from halfbyte.quantizer.method import Method
-from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.recipe.decisions import Plan
 from halfbyte.records import versions
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Fitting:
             advance(total - due)
 
             def how(name: str, measured: bool) -> Fit:
-                return self.method.fit_of(blocksize_of(plan, decisions[name]), measured=measured)
+                return self.method.fit_of(plan.blocksize_of(decisions[name]), measured=measured)
 
             store = FittedTensors(source, infos, places, journal, how, self.device, advance, todo)
             if self.texts is not None:
@@ -120,8 +120,3 @@ class Fitting:
             "calibration": journal.calibration,
             "gain": gain_of(fits),
         }
-
-
-def blocksize_of(plan: Plan, decision: Decision) -> int:
-    """Elements per absmax block of one NF4 tensor."""
-    return plan.blocksize

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.device import check_device
-from halfbyte.errors import OutputError, UsageError
+from halfbyte.errors import OutputError
 from halfbyte.format.checkpoint import open_source
 from halfbyte.format.nf4_layout import component_sizes
-from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, plan_shards
+from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, parse_size, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import note, track
@@ -36,12 +35,10 @@ from halfbyte.quantizer.fitting import Fitting
 from halfbyte.quantizer.journal import Journal
 from halfbyte.quantizer.method import method_of
 from halfbyte.quantizer.tensor_work import Stopped, TensorWork
-from halfbyte.recipe.decisions import Decision, Plan
+from halfbyte.recipe.decisions import PLAN_OPTIONS, Decision, Plan, plan_options
 from halfbyte.recipe.probe import QUICK_SAMPLE, QUICK_TENSORS, probe
 from halfbyte.records import digest, write_record
 from halfbyte.texts.calibration import read_calibration
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def quantize(
@@ -61,7 +58,7 @@ def quantize(
     max_shard_size      e.g. `5GB`, `500MB`, `4GiB`
     allow_disagreement  write a skip list that loaders read differently
     overwrite           replace a checkpoint or an unfinished job of halfbyte in `out`
-    options             `preset` (`decoder-only`, `unsloth`, or the path of a TOML file) and any field of `Method`
+    options             any field of `PlanOptions` (preset, blocksize, budget, sensitivity) and of `Method`
 
     Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model. Of another
     method than rtn: docs/method.md; one decoder layer, never the model, but for the answers that the source writes.
@@ -69,27 +66,19 @@ def quantize(
     """
     from halfbyte.recipe.survey import plan_of
 
-    preset = options.pop("preset", "decoder-only")
-    limit, out, method = parse_size(max_shard_size), Path(out), method_of(options)
+    method = method_of({name: value for name, value in options.items() if name not in PLAN_OPTIONS})
+    decided = plan_options({name: value for name, value in options.items() if name in PLAN_OPTIONS})
+    limit, out = parse_size(max_shard_size), Path(out)
     check_device(device)
     texts = read_calibration(method.calibration) if method.calibration is not None else None
     opened = open_source(source)
     try:
         target.check_place(opened, out)
-        plan = plan_of(opened, preset=preset, allow_disagreement=allow_disagreement)
+        plan = plan_of(opened, allow_disagreement=allow_disagreement, **vars(decided))
         fitting = Fitting(method, texts, device) if method.method != "rtn" else None
         return Job(opened, out, plan, limit, device, fitting).run(overwrite=overwrite)
     finally:
         opened.close()
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500 MB`, `4GiB` or a plain number; raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if not match or unit is None or (size := int(float(match.group(1)) * unit)) <= 0:
-        raise UsageError(f"{text!r} is not a size", where="--max-shard-size", todo="write it as 5GB, 500MB or 4GiB")
-    return size
 
 
 @dataclass
@@ -107,7 +96,9 @@ class Job:
     resumed: int = 0
 
     def __post_init__(self) -> None:
-        groups = [outputs_of(d.name, d.dtype, d.shape, d.action, self.plan.blocksize) for d in self.plan.decisions]
+        groups = [
+            outputs_of(d.name, d.dtype, d.shape, d.action, self.plan.blocksize_of(d)) for d in self.plan.decisions
+        ]
         self.shards = plan_shards(groups, self.max_shard_bytes)
 
     @property
@@ -232,6 +223,8 @@ class Job:
                 "preset": self.plan.preset["name"],
                 "max_shard_bytes": self.max_shard_bytes,
                 "blocksize": self.plan.blocksize,
+                "blocksizes": self.plan.blocksizes,
+                "budget": (self.plan.budget or {}).get("asked"),
             },
             "source": {
                 "label": self.source.label,

@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 @dataclass
 class TensorWork:
-    """What every tensor of a job shares."""
+    """What every tensor of a job shares; `blocksize` is that of a decision which names no other."""
 
     source: Source
     blocksize: int
@@ -57,7 +57,7 @@ class TensorWork:
         """
         source_hash = hashlib.sha256()
         if decision.action == "nf4":
-            output_sha256, state = self._quantize(info, target, source_hash)
+            output_sha256, state = self._quantize(info, decision.blocksize or self.blocksize, target, source_hash)
         else:
             self._copy(info, target, source_hash)
             output_sha256, state = source_hash.hexdigest(), None
@@ -83,7 +83,7 @@ class TensorWork:
             check_finite(piece, info)
             target.write(info.name, begin * piece.element_size(), memoryview(as_bytes(piece)))
 
-    def _quantize(self, info: TensorInfo, target: ShardFile, source_hash: Any) -> tuple[str, str]:
+    def _quantize(self, info: TensorInfo, blocksize: int, target: ShardFile, source_hash: Any) -> tuple[str, str]:
         import torch
 
         from halfbyte import codec
@@ -92,7 +92,7 @@ class TensorWork:
         for begin, piece in self._slices(info, source_hash):
             weight = piece.to(self.device).to(torch.bfloat16)
             try:
-                packed, absmax = codec.quantize_blocks(weight, self.blocksize, threads=1)
+                packed, absmax = codec.quantize_blocks(weight, blocksize, threads=1)
             except NonFiniteWeight as error:
                 raise _non_finite(info) from error
             codes = memoryview(as_bytes(packed.cpu()))
@@ -103,7 +103,7 @@ class TensorWork:
             nested = codec.nest_absmax(torch.cat(scales), threads=1)
         except NonFiniteWeight as error:  # finite scales whose mean overflows float32
             raise _non_finite(info, error.what) from error
-        state = write_scales(info, self.blocksize, nested, target, output_hash)
+        state = write_scales(info, blocksize, nested, target, output_hash)
         return output_hash.hexdigest(), state
 
 

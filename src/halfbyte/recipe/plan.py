@@ -22,6 +22,7 @@ from typing import Any
 from halfbyte.errors import LoaderDisagreement, PlanError, UsageError
 from halfbyte.format.tensors import TensorInfo
 from halfbyte.recipe.areas import Areas
+from halfbyte.recipe.budget.spending import Budget, spend
 from halfbyte.recipe.decide import decide_all, kind_of
 from halfbyte.recipe.decisions import Decision, Plan
 from halfbyte.recipe.linter import check_patterns, lint, matrix_lines
@@ -43,6 +44,7 @@ def make_plan(
     blocksize: int = 64,
     allow_disagreement: bool = False,
     card_gb: float = 24,
+    budget: Budget | None = None,
 ) -> Plan:
     """Decide for every tensor of a checkpoint.
 
@@ -52,13 +54,12 @@ def make_plan(
     blocksize           elements per absmax block, one of BLOCKSIZES
     allow_disagreement  return the plan even if a loader would read its skip list differently (see `plan.loaders`)
     card_gb             GPU memory that `summary["fit"]` is worked out for, in units of 2^30 bytes
+    budget              how many bytes there are, and what each choice costs (halfbyte.recipe.budget)
 
-    raises  UsageError (preset, blocksize, skip list), PlanError (unknown model, missing or doubled tensors),
+    raises  UsageError (preset, blocksize, skip list, budget), PlanError (unknown model, missing or doubled tensors),
             ShapeMismatch (tensor and config disagree), LoaderDisagreement
     """
-    if blocksize not in BLOCKSIZES:
-        sizes = ", ".join(map(str, BLOCKSIZES))
-        raise UsageError(f"blocksize {blocksize} is not one that bitsandbytes takes", where="--blocksize", todo=sizes)
+    _check_blocksize(blocksize)
     recipe = load_preset(preset)
     if recipe.skip_modules is not None:
         check_patterns(list(recipe.skip_modules))
@@ -69,6 +70,10 @@ def make_plan(
     decisions = decide_all(infos, names, skeleton, areas, recipe)
     present = {key for key, _ in names.values() if key is not None}
     missing = _missing(present, skeleton, areas, recipe)
+    spent = None
+    if budget is not None:
+        _no_verbatim_list(recipe)
+        decisions, spent = spend(budget, decisions, skeleton, blocksize)
 
     nf4 = [d.module for d in decisions if d.action == "nf4" and d.module is not None]
     derived = recipe.skip_modules is None
@@ -90,7 +95,23 @@ def make_plan(
         loaders=loaders,
         notes=_notes(decisions, skeleton, recipe, missing, present),
         summary=summarize(decisions, skeleton, areas, blocksize=blocksize, card_gb=card_gb),
+        budget=spent,
     )
+
+
+def _check_blocksize(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        sizes = ", ".join(map(str, BLOCKSIZES))
+        raise UsageError(f"blocksize {blocksize} is not one that bitsandbytes takes", where="--blocksize", todo=sizes)
+
+
+def _no_verbatim_list(recipe: Preset) -> None:
+    if recipe.skip_modules is not None:
+        raise UsageError(
+            f"preset {recipe.name!r} writes its own skip list, a budget has to extend it",
+            where="--budget",
+            todo="use a preset with [[keep]] entries, such as decoder-only",
+        )
 
 
 def _missing(present: set[str], skeleton: Skeleton, areas: Areas, recipe: Preset) -> list[str]:

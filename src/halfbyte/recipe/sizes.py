@@ -26,6 +26,8 @@ from halfbyte.recipe.decisions import AREAS, Decision
 from halfbyte.recipe.skeleton import Skeleton
 
 GIB = 1 << 30
+#: block sizes whose file is worked out beside the plan's own
+COMPARED = (64, 32)
 #: held back on a card for the CUDA context, the allocator's slack and the activations of a step (batch 1)
 RESERVE_BYTES = 3 * GIB // 2
 CONTEXTS = (1024, 8192, 32768)
@@ -52,8 +54,10 @@ def source_bytes(decision: Decision) -> int:
 
 
 def output_bytes(decision: Decision, blocksize: int) -> int:
-    """Bytes that will be written for the tensor."""
-    return nf4_bytes(decision.shape, blocksize) if decision.action == "nf4" else source_bytes(decision)
+    """Bytes that will be written for the tensor, in blocks of `blocksize` unless the decision names its own."""
+    if decision.action != "nf4":
+        return source_bytes(decision)
+    return nf4_bytes(decision.shape, decision.blocksize or blocksize)
 
 
 def summarize(
@@ -64,6 +68,7 @@ def summarize(
     modules              {linear, nf4, by_area: {area: {linear, nf4}}}: modules that can become 4-bit, and those that do
     bytes                {source, file, gpu, nf4, keep}: tensors only; file = nf4 + keep; gpu: less what stays on disk
     areas                area -> {tensors, source_bytes, output_bytes, nf4_modules}
+    blocksizes           {"64": {file, bits_per_weight}, "32": ...}: the same plan in blocks of one size
     bits_per_weight      of all elements of the source; bits_per_weight_nf4: of those in NF4 (None if there are none)
     kv_cache             {bytes_per_1k_tokens_growing, sliding_window_bytes_full, sliding_window, at: {"1024": n, ...}}
     fit                  {card_gb, usable_bytes, reserve_bytes, weights_bytes, max_context_tokens, fits}
@@ -73,7 +78,7 @@ def summarize(
     nf4_total = sum(output_bytes(d, blocksize) for d in nf4)
     keep_total = sum(source_bytes(d) for d in decisions if d.action == "keep")
     on_disk_only = sum(source_bytes(d) for d in decisions if d.kind == "unknown") + sum(
-        output_bytes(d, blocksize) - nf4_bytes(d.shape, blocksize, 0) for d in nf4
+        output_bytes(d, blocksize) - nf4_bytes(d.shape, d.blocksize or blocksize, 0) for d in nf4
     )
     gpu = nf4_total + keep_total - on_disk_only
     elements, elements_nf4 = (sum(prod(d.shape) for d in group) for group in (decisions, nf4))
@@ -87,6 +92,7 @@ def summarize(
             "nf4": nf4_total,
             "keep": keep_total,
         },
+        "blocksizes": {str(size): _uniform(nf4, keep_total, elements, size) for size in COMPARED},
         "areas": _areas(decisions, blocksize),
         "bits_per_weight": 8 * (nf4_total + keep_total) / elements if elements else None,
         "bits_per_weight_nf4": 8 * nf4_total / elements_nf4 if elements_nf4 else None,
@@ -94,6 +100,12 @@ def summarize(
         "fit": _fit(gpu, cache, card_gb, skeleton),
         "assumptions": _assumptions(cache),
     }
+
+
+def _uniform(nf4: Sequence[Decision], keep_total: int, elements: int, blocksize: int) -> dict[str, Any]:
+    """The file if every NF4 tensor had blocks of this size."""
+    file = keep_total + sum(nf4_bytes(d.shape, blocksize) for d in nf4)
+    return {"file": file, "bits_per_weight": 8 * file / elements if elements else None}
 
 
 class KvCache:

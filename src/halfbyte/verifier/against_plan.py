@@ -22,20 +22,25 @@ from halfbyte.verifier.layout import Weight, nf4_names
 
 @dataclass(frozen=True)
 class Original:
-    """One tensor of the source. `action` is None if no plan says what became of it."""
+    """One tensor of the source. `action` is None if no plan says what became of it, `blocksize` if none became NF4."""
 
     dtype: str
     shape: tuple[int, ...]
     action: str | None
+    blocksize: int | None = None
 
 
 def originals_of(plan: Plan | None, source: Source | None) -> dict[str, Original] | None:
     """What the source held, from the source itself or else as the plan lists it; None if there is neither."""
-    actions = {d.name: str(d.action) for d in plan.decisions} if plan else {}
+    decided: dict[str, tuple[str, int | None]] = {}
+    for d in plan.decisions if plan else ():
+        assert plan is not None
+        decided[d.name] = (str(d.action), plan.blocksize_of(d) if d.action == "nf4" else None)
     if source is not None:
-        return {info.name: Original(info.dtype, info.shape, actions.get(info.name)) for info in source.tensors}
+        none = (None, None)
+        return {info.name: Original(info.dtype, info.shape, *decided.get(info.name, none)) for info in source.tensors}
     if plan is not None:
-        return {d.name: Original(d.dtype, d.shape, d.action) for d in plan.decisions}
+        return {d.name: Original(d.dtype, d.shape, *decided[d.name]) for d in plan.decisions}
     return None
 
 
@@ -72,6 +77,9 @@ def _against_originals(
             stated = weights[name].shape if name in weights else original.shape
             if stated != original.shape:
                 faults.append(Fault(f"says shape {list(stated)}, the source has {list(original.shape)}", name))
+            blocks = weights[name].blocksize if name in weights else original.blocksize
+            if original.blocksize is not None and blocks != original.blocksize:
+                faults.append(Fault(f"has blocks of {blocks}, the plan says {original.blocksize}", name))
             continue
         expected.add(name)
         info = found[name]

@@ -29,6 +29,7 @@ from halfbyte.texts.reading import Chat, Document
 from halfbyte.texts.traces import write_answers
 
 PROMPTS, PASSAGES = "prompts.jsonl", "passages.txt"
+_BUILT_IN_PROMPTS = "built-in prompts"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Material:
     pictures: Sequence[PicturePrompt] = ()
     picture_files: Sequence[dict[str, Any]] = ()
 
+    @property
+    def chats_built_in(self) -> bool:
+        """Whether no file had a chat in it."""
+        return any(file["name"] == _BUILT_IN_PROMPTS for file in self.chat_files)
+
     def files_of(self, protocol: str) -> Sequence[dict[str, Any]]:
         if protocol == IMAGE:
             return self.picture_files
@@ -70,7 +76,7 @@ def gather_material(data: Sequence[str | Path], limit: int | None) -> Material:
     room = resources.files("halfbyte.evaluator.job") / "built_in"
     if not chats:
         with resources.as_file(room / PROMPTS) as path:
-            chats, chat_files = reading.read_chats(path), [_about(path, "built-in prompts")]
+            chats, chat_files = reading.read_chats(path), [_about(path, _BUILT_IN_PROMPTS)]
     if not documents:
         with resources.as_file(room / PASSAGES) as path:
             documents, text_files = _passages(path), [_about(path, "built-in passages")]

@@ -1,0 +1,197 @@
+"""`halfbyte sensitivity`: the record that a budget is spent by.
+
+    source -> plan (which linears could be NF4) -> groups that loaders fuse -> rows of held-out text
+    -> variants: each group alone in NF4-64 and in NF4-32; all at once in each; nothing at all
+    -> one streamed pass (carrying) -> nats, with standard errors (costs) -> OUT/halfbyte/sensitivity.json
+
+"Nothing at all" must come out as exactly 0, or the kernels are not deterministic. "All at once" says how far costs add up.
+
+What it costs on L layers, g groups a layer, T tokens: about g L forward passes over T tokens, reading the weights once; memory
+2 g L residuals of T x hidden. A 31B (L 60, g 4, hidden 5376; T 1,024, float32): 240 passes of 62 TFLOP, 15 PFLOP; 11 GB of CPU memory for
+residuals; on the GPU a layer in float32 (2.1 GB), its rounded linears (2 GB), the head in bf16 (2.6 GiB): a 24 GB card does. Not measured
+at that size. A small model on a CPU: SmolLM2-135M, 480 tokens, minutes.
+
+The catch: the data that chooses must not be the data that judges, so there is none built in: give text that is in no evaluation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.device import check_device
+from halfbyte.errors import OutputError, SourceError, UsageError
+from halfbyte.evaluator.job.material import Material, gather_material, rows_of
+from halfbyte.evaluator.job.scoring import device_name
+from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
+from halfbyte.evaluator.sensitivity.carrying import CarryingModel, Variant
+from halfbyte.evaluator.sensitivity.costs import cost_of, documents_of, klds_of, rank_correlation, standard_error
+from halfbyte.evaluator.sensitivity.settings import probing_of
+from halfbyte.layers.rows import Rows
+from halfbyte.layers.weights import Nf4Weights, PlainWeights, open_weights
+from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
+from halfbyte.recipe.budget.groups import Group, groups_of
+from halfbyte.recipe.budget.sensitivity import MEASURED, NAME, tensors_digest
+from halfbyte.recipe.skeleton import build_skeleton
+from halfbyte.recipe.survey import plan_of
+from halfbyte.records import read_record, write_record
+from halfbyte.texts import protocols
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NOTHING = "nothing"
+
+
+def sensitivity(
+    source: str | Path,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    preset: str | Path = "decoder-only",
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure what each group of linears costs in NF4, alone; returns the record, written to OUT/halfbyte/sensitivity.json.
+
+    source   bf16 folder, .gguf file or hub id
+    out      a folder for the record (no checkpoint's)
+    data     texts, or .jsonl of chats, as in `evaluate`; none that an evaluation will be made on
+    preset   which linears could be NF4: `decoder-only`, `unsloth`, a TOML file
+    device   `auto`, `cpu`, `cuda[:N]`
+    options  any field of `Probing`
+
+    raises UsageError, SourceError, PlanError (a model that cannot be streamed), OutputError
+    """
+    import torch
+
+    probing, settings = probing_of(options)
+    started, out = time.perf_counter(), Path(out)
+    if (out / "config.json").exists():
+        raise OutputError("holds a checkpoint; a record of the source is none of its own", where=str(out), todo="name another folder")  # fmt: skip
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(device)
+    files = [data] if isinstance(data, str | Path) else list(data)
+    if not files:
+        raise UsageError("no text to measure on", where="--data", todo="give a text, or .jsonl of chats, that no evaluation uses")  # fmt: skip
+    material = gather_material(files, settings.limit)
+    weights = open_weights(source)
+    try:
+        if not isinstance(weights, PlainWeights) or isinstance(weights, Nf4Weights):
+            raise SourceError("is not a source", where=str(source), todo="name the full-precision checkpoint")
+        work = _Work(weights, device, settings, out)
+        dtype = "float32" if settings.dtype == "auto" else settings.dtype
+        protocol = _protocol(probing.protocol, weights, material)
+        rows = rows_of(protocol, weights, material, settings, (out / "traces", device, dtype))
+        body = work.measure(rows, preset, dtype)
+        body["data"] = list(material.files_of(protocol))
+        body["settings"] = {**asdict(probing), "protocol": protocol, "dtype": dtype, "preset": str(preset)}
+    finally:
+        weights.close()
+    body["run"] = {
+        "seconds": round(time.perf_counter() - started, 3), "device": device, "device_name": device_name(device),
+        "peak_rss_bytes": peak_rss_bytes(), "peak_gpu_bytes": peak_gpu_bytes(device),
+    }  # fmt: skip
+    write_record(out, NAME, body)
+    return read_record(out, NAME) or body
+
+
+def _protocol(asked: str | None, weights: PlainWeights, material: Material) -> str:
+    """What was asked for, or what the data and the model allow; raises UsageError if the data has nothing for it."""
+    chats = [] if material.chats_built_in else material.chats
+    chosen = asked
+    if chosen is None:
+        instruct = protocols.is_instruct(protocols.load_tokenizer(weights))
+        if material.given_text or not chats:
+            chosen = FRAME if instruct else RAW
+        else:
+            chosen = GIVEN if all(chat.response for chat in chats) else ON_POLICY
+    if not (chats if chosen in OF_CHATS else material.given_text):
+        kind = "chats (.jsonl)" if chosen in OF_CHATS else "a text"
+        raise UsageError(f"{chosen} needs {kind}", where="--data", todo=f"give {kind} that no evaluation uses")
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Work:
+    weights: PlainWeights
+    device: str
+    settings: Settings
+    out: Path
+
+    def measure(self, rows: Rows, preset: str | Path, dtype: str) -> dict[str, Any]:
+        """Everything in the record that is about the model and the rows."""
+        plan = plan_of(self.weights.source, preset=preset, allow_disagreement=True)
+        groups = groups_of(plan.decisions, build_skeleton(self.weights.config))
+        batches = rows.batches(self.settings.batch)
+        model = CarryingModel(self.weights, self.device, dtype)
+        try:
+            inside = [(group, first) for group in groups if (first := _first_layer(model, group)) is not None]
+            if not inside:
+                raise SourceError("no linear of a decoder layer could be NF4", where=self.weights.label, todo="see halfbyte plan")  # fmt: skip
+            singles = [_single(group, choice, first) for group, first in inside for choice in MEASURED]
+            joint = [
+                Variant("all", c, frozenset().union(*(_keys(g) for g, _ in inside)), size)
+                for c, size in MEASURED.items()
+            ]
+            singles.sort(key=lambda variant: variant.first)
+            every = [Variant(_NOTHING, "", frozenset(), 64), *joint, *singles]
+            document = documents_of(batches, rows)
+            found: dict[tuple[str, str], dict[str, Any]] = {}
+            tokens: dict[tuple[str, str], np.ndarray] = {}
+            passes = _passes(every, model.carried_at_once(batches))
+            for some in passes:
+                states = model.carry(batches, some)
+                for variant, kld in zip(some, klds_of(model.head, batches, states, some), strict=True):
+                    name = (variant.name, variant.choice)
+                    found[name], tokens[name] = {**cost_of(kld, document), "drift": variant.drift}, kld
+                    variant.states = []
+        finally:
+            model.close()
+        measured = [_measured(group, first, found) for group, first in inside]
+        for each in measured:
+            coarse, fine = (tokens[each["name"], choice] for choice in MEASURED)
+            each["saving_standard_error"] = standard_error(coarse - fine, document)
+        return {
+            "method": "rtn, one group at a time, float64 KLD of the whole vocabulary",
+            "groups": measured,
+            "unmeasured": [module for g in groups if g.name not in {m["name"] for m in measured} for module in g.modules],
+            "joint": {c: {**found["all", c], "sum": sum(m["costs"][c]["kld"] for m in measured)} for c in MEASURED},
+            "self_kld": found[_NOTHING, ""]["kld"],
+            "drift_rank_correlation": {
+                c: {"spearman": rank_correlation(*zip(*((m["costs"][c]["drift"], m["costs"][c]["kld"]) for m in measured), strict=True)), "n": len(measured)}
+                for c in MEASURED
+            },
+            "passes": len(passes),
+            "rows": {"digest": rows.digest, "protocol": rows.protocol, "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
+            "source": {
+                "label": self.weights.label, "digest": self.weights.digest,
+                "tensors": tensors_digest((info.name, info.shape) for info in self.weights.source.tensors),
+            },
+        }  # fmt: skip
+
+
+def _keys(group: Group) -> frozenset[str]:
+    return frozenset(f"{module}.weight" for module in group.modules)
+
+
+def _first_layer(model: CarryingModel, group: Group) -> int | None:
+    layers = {model.layer_of(key) for key in _keys(group)}
+    return layers.pop() if len(layers) == 1 else None
+
+
+def _single(group: Group, choice: str, first: int) -> Variant:
+    return Variant(group.name, choice, _keys(group), MEASURED[choice], first)
+
+
+def _measured(group: Group, first: int, found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    costs = {choice: found[group.name, choice] for choice in MEASURED}
+    return {"name": group.name, "modules": list(group.modules), "layer": first, "costs": costs}
+
+
+def _passes(variants: Sequence[Variant], at_once: int) -> list[list[Variant]]:
+    """In the order given (by first layer), so many a pass."""
+    return [list(variants[at : at + at_once]) for at in range(0, len(variants), at_once)]

@@ -1,0 +1,1 @@
+"""A budget of bytes: which modules get finer blocks, or stay as they are, so that the measured loss is smallest."""
