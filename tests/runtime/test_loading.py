@@ -141,6 +141,13 @@ def test_torch_traces_stack_and_hooks_as_one_graph(llama):
     assert sum("nf4_linear" in str(node.target) for node in graph.nodes) == 2
 
 
+def test_a_projection_can_be_asked_for_its_weights_dtype_and_device_as_transformers_does(llama):
+    found, theirs = llama.model.layers[0].self_attn.k_proj, stock("Llama").model.layers[0].self_attn.k_proj
+    assert (found.weight.dtype, found.weight.device) == (theirs.weight.dtype, theirs.weight.device)
+    assert found.weight.numel() == theirs.weight.numel()
+    assert [name for name, _ in found.named_parameters()] == []
+
+
 def test_a_copied_model_is_independent(llama):
     twin = copy.deepcopy(llama)
     replacement.restore(llama)

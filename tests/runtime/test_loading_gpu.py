@@ -138,3 +138,26 @@ def test_saved_tensors_are_the_stock_models_and_lie_in_host_memory():
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], tensor.cpu().view(-1).view(torch.uint8)) for name, tensor in after.items())
     assert all(not tensor.is_cuda for name, tensor in after.items() if name.endswith("proj.weight"))
+
+
+def test_a_loaded_checkpoint_says_the_same_words_and_saves_the_same_bytes(tmp_path):
+    pytest.importorskip("numba", reason="halfbyte.quantize needs numba")
+    from safetensors.torch import load_file
+
+    import halfbyte
+    from halfbyte.demo.embedded import embedded
+
+    halfbyte.quantize(embedded("vanilla"), tmp_path / "nf4")
+    answers = [
+        halfbyte.generate(tmp_path / "nf4", "Name three primary colors.", device="cuda", fast=fast, max_new_tokens=16)
+        for fast in (False, True)
+    ]
+    assert answers[0]["text"] == answers[1]["text"]
+    assert (answers[0]["linears"]["halfbyte"], answers[1]["linears"]["bitsandbytes"]) == (0, 0)
+    halfbyte.load(tmp_path / "nf4", device="cuda", fast=True).save_pretrained(tmp_path / "again")
+    before, after = (
+        {n: t for file in (tmp_path / folder).glob("*.safetensors") for n, t in load_file(file).items()}
+        for folder in ("nf4", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].view(-1).view(torch.uint8), after[n].view(-1).view(torch.uint8)) for n in before)

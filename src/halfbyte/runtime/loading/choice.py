@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from halfbyte.records import write_text_atomic
 from halfbyte.runtime.linear.module import Nf4Linear
 from halfbyte.runtime.linear.table import DEFAULT, INVARIANT_ROWS, PATHS
-from halfbyte.runtime.loading.report import THEIRS
+from halfbyte.runtime.loading.report import OURS, THEIRS
 
 #: batches that are timed
 ROWS = (1, 8, 16, 32, 64, 256)
@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
     @property
     def path(self) -> str:
         """Whose code runs: `report.OURS` or `report.THEIRS`."""
-        return "halfbyte" if self.paths is not None else THEIRS
+        return OURS if self.paths is not None else THEIRS
 
 
 def decide(times: Times, against_theirs: bool = True) -> Verdict:

@@ -103,6 +103,11 @@ class Nf4Projection(torch.nn.Module):
         original.weight = original.quant_state = None  # its tensors are free from here on
         self.train(original.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its bytes, uint8 as in Linear4bit but in our order: for code that asks a linear for its weight's dtype or device."""
+        return self.stack.linear.weight.part(self.index).tiles
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = x W^T + bias, in x's dtype."""
         return self.stack.take(x, self.index)
