@@ -13,6 +13,9 @@ import typer
 from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, sensitivity, verify
 from halfbyte.errors import HalfbyteError
 
+#: in the order of the help
+MODULES = (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity, demo)
+
 app = typer.Typer(
     name="halfbyte",
     help="Large Hugging Face models in 4-bit NF4 that stock transformers loads, and what it cost, measured.",
@@ -40,7 +43,7 @@ def _root(
 ) -> None: ...
 
 
-for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity, demo):
+for module in MODULES:
     app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

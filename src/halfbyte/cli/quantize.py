@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
+from halfbyte.cli.text.quantization import quantize_lines
 from halfbyte.cli.text.show import listen, print_json
-from halfbyte.recipe.decisions import bitsandbytes_for
 
 
 def command(
@@ -43,48 +43,14 @@ def command(
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Write the NF4 checkpoint: streamed, resumable, byte-identical however often it was interrupted."""
+    options = {name: value for name, value in locals().items() if name != "json"} | {"fit": fit or ()}
     from halfbyte.cards.method import method_lines
     from halfbyte.quantizer.job import quantize
 
     with listen():
-        record = quantize(
-            source,
-            out,
-            preset=preset,
-            blocksize=blocksize,
-            budget=budget,
-            sensitivity=sensitivity,
-            device=device,
-            max_shard_size=max_shard_size,
-            allow_disagreement=allow_disagreement,
-            overwrite=overwrite,
-            method=method,
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            batch=batch,
-            fit=fit or (),
-            sequential=sequential,
-            seed=seed,
-        )
+        record = quantize(**options)
     if json:
         print_json(record)
         return
-    for line in method_lines(record.get("method")):
+    for line in [*method_lines(record.get("method")), *quantize_lines(record, source, out)]:
         typer.echo(line)
-    sizes, run = record["sizes"], record["run"]
-    nf4 = sum(tensor["action"] == "nf4" for tensor in record["tensors"].values())
-    typer.echo(f"{nf4} of {len(record['tensors'])} tensors are NF4, the rest is byte-identical to the source")
-    typer.echo(
-        f"{sizes['source_bytes'] / 2**30:.2f} GiB -> {sizes['output_bytes'] / 2**30:.2f} GiB in {len(record['files'])} file(s), "
-        f"{sizes['bits_per_weight']:.3f} bits a weight"
-    )
-    typer.echo(
-        f"{run['seconds']:.1f} s, {sizes['source_bytes'] / 1e9 / max(run['seconds'], 1e-9):.2f} GB/s of source, "
-        f"peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
-    )
-    needed = bitsandbytes_for(record["options"].get("blocksizes", ()))
-    if needed:
-        typer.echo(f"needs bitsandbytes {needed} or newer: blocks of 32 on CPU and CUDA")
-    typer.echo(f"next: halfbyte verify {out} --source {source}")

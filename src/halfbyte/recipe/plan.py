@@ -70,11 +70,9 @@ def make_plan(
     decisions = decide_all(infos, names, skeleton, areas, recipe)
     present = {key for key, _ in names.values() if key is not None}
     missing = _missing(present, skeleton, areas, recipe)
-    spent = None
     if budget is not None:
         _no_verbatim_list(recipe)
-        decisions, spent = spend(budget, decisions, skeleton, blocksize)
-
+    decisions, spent = spend(budget, decisions, skeleton, blocksize) if budget else (decisions, None)
     nf4 = [d.module for d in decisions if d.action == "nf4" and d.module is not None]
     derived = recipe.skip_modules is None
     skip = derive_skip_modules(nf4, skeleton, areas) if derived else list(recipe.skip_modules or ())

@@ -73,10 +73,7 @@ def evaluate(
     raises UsageError, SourceError, PlanError, ShapeMismatch, OutputError (`out` is a checkpoint)
     """
     settings, started = settings_of(options), time.perf_counter()
-    if (Path(out) / "config.json").exists():
-        raise OutputError(
-            "holds a checkpoint, whose own record would be overwritten", where=str(out), todo="name another folder"
-        )
+    _check_out(Path(out))
     device = _device(device)
     specs = [candidates] if isinstance(candidates, str | Path) else candidates
     files = [data] if isinstance(data, str | Path) else data
@@ -108,6 +105,13 @@ def evaluate(
         write_record(Path(out), NAME, body)
         write_card_records(body, bases)
     return read_record(Path(out), NAME) or body
+
+
+def _check_out(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise OutputError(
+            "holds a checkpoint, whose own record would be overwritten", where=str(out), todo="name another folder"
+        )
 
 
 def _tasks(settings: Settings) -> list[Task]:

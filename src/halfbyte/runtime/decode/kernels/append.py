@@ -28,12 +28,18 @@ except ImportError:  # Windows, CPU-only builds of torch
 class Texts(Protocol):
     """The buffers of halfbyte.runtime.decode.state.State."""
 
-    history: torch.Tensor
-    length: torch.Tensor
-    limit: torch.Tensor
-    done: torch.Tensor
-    steps: torch.Tensor
-    stops: torch.Tensor
+    @property
+    def history(self) -> torch.Tensor: ...
+    @property
+    def length(self) -> torch.Tensor: ...
+    @property
+    def limit(self) -> torch.Tensor: ...
+    @property
+    def done(self) -> torch.Tensor: ...
+    @property
+    def steps(self) -> torch.Tensor: ...
+    @property
+    def stops(self) -> torch.Tensor: ...
 
 
 def append(texts: Texts, fed: torch.Tensor, chosen: torch.Tensor) -> None:
