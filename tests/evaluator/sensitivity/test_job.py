@@ -86,6 +86,9 @@ def test_the_record_says_what_it_was_measured_on_and_how_far_costs_add_up(record
         assert joint["kld"] > 0
     assert record["drift_rank_correlation"]["nf4-64"]["n"] == len(record["groups"]) == 24
     assert record["unmeasured"] == []
+    for group in record["groups"]:
+        apart = [group["costs"][c]["standard_error"] for c in ("nf4-64", "nf4-32")]
+        assert 0 < group["saving_standard_error"] <= sum(apart) * (1 + 1e-9), "of a paired difference"
 
 
 def test_several_passes_give_the_same_record(
