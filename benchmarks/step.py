@@ -25,6 +25,7 @@ import torch
 from decode import SHAPES, Bench, build, bytes_a_token, config_of, copy_rate
 
 from halfbyte.runtime.decode.description import Description
+from halfbyte.runtime.decode.kernels.where import launch_early
 from halfbyte.runtime.decode.loop import Decoder
 from halfbyte.runtime.decode.prompt import fill
 from halfbyte.runtime.decode.sampling import Sampling
@@ -144,6 +145,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("step.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
     torch.manual_seed(0)
+    launch_early(options.early)
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     model = build(config_of(options), device)
     weights = bytes_a_token(model)
@@ -166,7 +168,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "step", "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "copy_bytes_per_s": rate,
         "shape": "tiny" if options.tiny else str(options.config or options.shape), "bytes_per_token": weights, "steps": found,
-        "kernels": {width: rows[:20] for width, rows in kernels.items()}, "prompts": prompts, "torch": torch.__version__,
+        "kernels": {width: rows[:20] for width, rows in kernels.items()}, "prompts": prompts, "early": options.early, "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--all-ours", dest="fast", action="store_const", const=True, default="auto",
                         help="our linears also where bitsandbytes is measured to be faster")  # fmt: skip
+    parser.add_argument("--early", action="store_true", help="launch the small kernels before their predecessors end")
     print(json.dumps(run(parser.parse_args())))
 
 

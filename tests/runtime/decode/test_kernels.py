@@ -177,12 +177,16 @@ def compiled(function, pointers: dict[str, str], constants: dict[str, object], f
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    constants = constants | {"early": True}
+    options = options | {"launch_pdl": True}
     kinds = pointers | dict.fromkeys(constants, "constexpr") | dict.fromkeys(floats, "fp32")
     signature = {name: kinds.get(name, "i32") for name in function.arg_names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton 3.9 announces another default for contraction
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
-        return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        kernel = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert kernel.asm["ptx"].count("griddepcontrol") == 2
+    return kernel
 
 
 def bf16(*names: str, **others: str) -> dict[str, str]:

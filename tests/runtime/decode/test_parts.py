@@ -14,7 +14,7 @@ from halfbyte.runtime.decode.cache import cache_bytes, new_cache
 from halfbyte.runtime.decode.description import describe
 from halfbyte.runtime.decode.kernels.append import append
 from halfbyte.runtime.decode.kernels.norm import Norm, normed
-from halfbyte.runtime.decode.sampling import Sampling, choose, seen_before, uniforms
+from halfbyte.runtime.decode.sampling import Sampling, choose, sampling_of, seen_before, uniforms
 from halfbyte.runtime.decode.speculation import draft
 from halfbyte.runtime.decode.state import begin, new_state
 
@@ -70,6 +70,17 @@ def test_every_row_has_numbers_of_its_own_whatever_the_batch():
 def test_sampling_values_that_cannot_be_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_options_mean_what_they_mean_to_transformers():
+    from transformers import GenerationConfig
+
+    gemma = GenerationConfig(do_sample=True, temperature=1.0, top_k=64, top_p=0.95)
+    assert sampling_of({"max_new_tokens": 9, "temperature": None}, gemma) == Sampling()  # greedy unless asked otherwise
+    assert sampling_of({"temperature": 0.7, "seed": 4}, gemma) == Sampling(True, 0.7, 64, 0.95, seed=4)
+    assert sampling_of({"do_sample": True, "top_k": 0}, gemma) == Sampling(True, top_p=0.95)
+    assert sampling_of({"min_p": 0.1}) == Sampling(True, top_k=50, min_p=0.1)
+    assert sampling_of({"do_sample": False, "repetition_penalty": 1.2}, gemma) == Sampling(repetition_penalty=1.2)
 
 
 def test_penalized_are_the_tokens_known_and_the_drafts_before():

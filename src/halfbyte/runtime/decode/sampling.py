@@ -14,11 +14,16 @@ is exact for sampled text as for greedy. The same seed gives the same text; anot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from halfbyte.errors import UsageError
+
+#: what transformers' generate takes where neither the caller nor the model says
+TRANSFORMERS_TOP_K = 50
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,27 @@ class Sampling:
         for name, fine in allowed.items():
             if not fine:
                 raise UsageError(f"{name} cannot be {getattr(self, name)}", where="sampling")
+
+
+def sampling_of(options: Mapping[str, Any], generation_config: Any = None) -> Sampling:
+    """Sampling as transformers' `generate` would take the same options: what is absent or None comes from the model's generation config.
+
+    options  any of Sampling's names, others are ignored; greedy unless do_sample or a sampling option is given
+    """
+    given = {name: options.get(name) for name in Sampling.__dataclass_fields__}
+    samples = any(given[name] is not None for name in ("temperature", "top_k", "top_p", "min_p"))
+    given["do_sample"] = samples if given["do_sample"] is None else given["do_sample"]
+    if given["do_sample"]:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if given[name] is None:
+                given[name] = getattr(generation_config, name, None)
+        if given["top_k"] is None:
+            given["top_k"] = TRANSFORMERS_TOP_K
+    else:
+        given |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+    if given["repetition_penalty"] is None:
+        given["repetition_penalty"] = getattr(generation_config, "repetition_penalty", None)
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
 def uniforms(rows: int, width: int, seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from halfbyte.runtime.decode.kernels.where import by_kernel, power_of_two
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, power_of_two, take_turn
 
 try:
     import triton
@@ -30,14 +30,19 @@ class Texts(Protocol):
 
     @property
     def history(self) -> torch.Tensor: ...
+
     @property
     def length(self) -> torch.Tensor: ...
+
     @property
     def limit(self) -> torch.Tensor: ...
+
     @property
     def done(self) -> torch.Tensor: ...
+
     @property
     def steps(self) -> torch.Tensor: ...
+
     @property
     def stops(self) -> torch.Tensor: ...
 
@@ -69,6 +74,7 @@ def append_kernel(texts: Texts, fed: torch.Tensor, chosen: torch.Tensor) -> None
     _append[(rows,)](
         fed, chosen, texts.history, texts.length, texts.limit, texts.done, texts.steps, texts.stops,
         texts.history.shape[1], steps=steps, wide=power_of_two(steps), stops_n=len(texts.stops), num_warps=1,
+        **launch_options(fed),
     )  # fmt: skip
 
 
@@ -77,8 +83,9 @@ if triton is not None:
     @triton.jit
     def _append(
         fed, chosen, history, length, limit, done, counted, stops, width,
-        steps: tl.constexpr, wide: tl.constexpr, stops_n: tl.constexpr,
+        steps: tl.constexpr, wide: tl.constexpr, stops_n: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         row = tl.program_id(0)
         at = tl.arange(0, wide)
         there = at < steps

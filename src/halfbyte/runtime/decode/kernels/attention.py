@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.runtime.decode.kernels.where import by_kernel, power_of_two
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, power_of_two, take_turn
 
 try:
     import triton
@@ -89,10 +89,24 @@ def attend_kernel(
         q, keys, values, position, parts, sums, scale * 1.4426950408889634, steps, slots, chunks,
         groups=groups, kv_heads=kv_heads, window=window, d=d, wide=wide, rows=ROWS, chunk=CHUNK, block=_keys_at_once(q, wide),
         num_warps=4 if wide <= 256 else 8, num_stages=2,
+        **launch_options(q),
     )  # fmt: skip
     out = torch.empty(tokens, heads * d, dtype=q.dtype, device=q.device)
     _join[(tokens, heads)](
-        parts, sums, position, out, steps, slots, chunks, heads=heads, chunk=CHUNK, d=d, wide=wide, many=8, num_warps=4
+        parts,
+        sums,
+        position,
+        out,
+        steps,
+        slots,
+        chunks,
+        heads=heads,
+        chunk=CHUNK,
+        d=d,
+        wide=wide,
+        many=8,
+        num_warps=4,
+        **launch_options(q),
     )
     return out
 
@@ -108,8 +122,9 @@ if triton is not None:
     def _attend(
         q, keys, values, position, parts, sums, scale, steps, slots, chunks,
         groups: tl.constexpr, kv_heads: tl.constexpr, window: tl.constexpr, d: tl.constexpr, wide: tl.constexpr,
-        rows: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+        rows: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         which = tl.program_id(0)
         pair = tl.program_id(2)  # of a row of the batch and a key head
         row, head = pair // kv_heads, pair % kv_heads
@@ -157,7 +172,9 @@ if triton is not None:
     def _join(
         parts, sums, position, out, steps, slots, chunks,
         heads: tl.constexpr, chunk: tl.constexpr, d: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
+        early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         token, head = tl.program_id(0), tl.program_id(1)
         newest = tl.load(position + token // steps).to(tl.int32) + steps - 1
         live = (tl.minimum(newest + 1, slots) + chunk - 1) // chunk

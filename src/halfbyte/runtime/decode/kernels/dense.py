@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.runtime.decode.kernels.where import by_kernel
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, take_turn
 
 try:
     import triton
@@ -54,6 +54,7 @@ def dense_kernel(
         x, weight, bias if bias is not None else x, y, rows, n, columns, softcap or 1.0,
         has_bias=bias is not None, capped=softcap is not None, block_m=MOST_ROWS, block_n=block_n,
         block_k=64 if x.dtype == torch.float32 else 128, num_warps=4, num_stages=4,
+        **launch_options(x),
     )  # fmt: skip
     return y
 
@@ -64,7 +65,9 @@ if triton is not None:
     def _dense(
         x, weight, bias, y, rows, n, columns, cap,
         has_bias: tl.constexpr, capped: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+        early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         row = tl.arange(0, block_m)
         out = tl.program_id(0) * block_n + tl.arange(0, block_n)
         k = tl.arange(0, block_k)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.runtime.decode.kernels.where import by_kernel
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, take_turn
 
 try:
     import triton
@@ -43,7 +43,15 @@ def gated_kernel(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     _gated[(triton.cdiv(width, BLOCK), rows)](
-        gate, up, out, width, gate.stride(0), up.stride(0), which=ACTIVATIONS[activation], block=BLOCK
+        gate,
+        up,
+        out,
+        width,
+        gate.stride(0),
+        up.stride(0),
+        which=ACTIVATIONS[activation],
+        block=BLOCK,
+        **launch_options(gate),
     )
     return out
 
@@ -51,7 +59,10 @@ def gated_kernel(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch
 if triton is not None:
 
     @triton.jit
-    def _gated(gate, up, out, width, gate_stride, up_stride, which: tl.constexpr, block: tl.constexpr):
+    def _gated(
+        gate, up, out, width, gate_stride, up_stride, which: tl.constexpr, block: tl.constexpr, early: tl.constexpr
+    ):
+        take_turn(early)
         row = tl.program_id(1).to(tl.int64)
         at = tl.program_id(0) * block + tl.arange(0, block)
         mask = at < width

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.runtime.decode.kernels.where import by_kernel, power_of_two
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, power_of_two, take_turn
 
 try:
     import triton
@@ -84,6 +84,7 @@ def add_norm_kernel(
         post_late=post is not None and post.late, scaled=scalar != 1.0, has_next=following is not None,
         next_scaled=following is not None and following.weight is not None,
         next_late=following is not None and following.late, block=block, num_warps=min(max(block // 512, 1), 16),
+        **launch_options(x),
     )  # fmt: skip
     return out, h
 
@@ -108,8 +109,9 @@ if triton is not None:
     def _add_norm(
         x, y, post, following, out, h, width, scalar, post_eps, next_eps,
         has_y: tl.constexpr, has_post: tl.constexpr, post_scaled: tl.constexpr, post_late: tl.constexpr, scaled: tl.constexpr,
-        has_next: tl.constexpr, next_scaled: tl.constexpr, next_late: tl.constexpr, block: tl.constexpr,
+        has_next: tl.constexpr, next_scaled: tl.constexpr, next_late: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         dtype: tl.constexpr = x.dtype.element_ty
         at = tl.arange(0, block)
         mask = at < width

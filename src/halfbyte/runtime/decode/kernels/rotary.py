@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.runtime.decode.kernels.norm import Norm, normed
-from halfbyte.runtime.decode.kernels.where import by_kernel, power_of_two
+from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, power_of_two, take_turn
 
 try:
     import triton
@@ -119,6 +119,7 @@ def rotate_kernel(
         q.stride(0), k.stride(0), v.stride(0), eps, slots, tokens // rows,
         heads=heads, kv_heads=kv_heads, d=d, half=half, late=late,
         q_kind=kinds[0], k_kind=kinds[1], v_kind=kinds[2], num_warps=1 if half <= 64 else 2,
+        **launch_options(q),
     )  # fmt: skip
     return out
 
@@ -146,8 +147,9 @@ if triton is not None:
         q, k, v, q_weight, k_weight, v_weight, cosines, sines, keys, values, position, out,
         q_stride, k_stride, v_stride, eps, slots, steps,
         heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, half: tl.constexpr, late: tl.constexpr,
-        q_kind: tl.constexpr, k_kind: tl.constexpr, v_kind: tl.constexpr,
+        q_kind: tl.constexpr, k_kind: tl.constexpr, v_kind: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
+        take_turn(early)
         token = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1)
         dtype: tl.constexpr = q.dtype.element_ty
