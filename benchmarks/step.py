@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--all-ours", dest="fast", action="store_const", const=True, default="auto",
                         help="our linears also where bitsandbytes is measured to be faster")  # fmt: skip
-    parser.add_argument("--early", action="store_true", help="launch the small kernels before their predecessors end")
+    parser.add_argument("--late", dest="early", action="store_false", help="do not launch the small kernels early")
     print(json.dumps(run(parser.parse_args())))
 
 
