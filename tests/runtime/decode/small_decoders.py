@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -111,4 +112,26 @@ def fuse(model: Any, weight_of: Callable[[list[int], int, int], Any], expand: Ca
                 linear.weight.data = value.to(linear.weight)
             if len(parts) > 1:
                 setattr(owner, name, Nf4Linear(weight))
+    return model
+
+
+def assistant_of_gemma4_e(ordered: bool) -> Any:
+    """An assistant whose layers read the keys of `gemma4_e`; ordered: its head looks at the tokens of 4 of 20 centroids."""
+    from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig
+
+    text = Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 3, "hidden_size": 32, "tie_word_embeddings": True}, head_dim=16, global_head_dim=32,
+        sliding_window=24, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=3,
+        layer_types=[SLIDING, SLIDING, FULL],
+    )  # fmt: skip
+    config = Gemma4AssistantConfig(
+        text_config=text, backbone_hidden_size=SIZES["hidden_size"], use_ordered_embeddings=ordered, num_centroids=20,
+        centroid_intermediate_top_k=4,
+    )  # fmt: skip
+    # transformers 5.23 cannot make one: its check of the sharing modes wants a layer with keys of its own
+    with mock.patch.object(type(text), "kv_sharing_modes", ["reuse"] * 3):
+        model = lively(Gemma4AssistantForCausalLM(config))
+    if ordered:
+        order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(2))
+        model.masked_embedding.token_ordering.copy_(order)
     return model

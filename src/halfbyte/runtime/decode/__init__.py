@@ -8,6 +8,7 @@
     state        what the steps carry: token history, lengths, who is done
     sampling     logits to tokens on the device
     speculation  drafts by looking the last words up in the text so far
+    assistant    drafts by Gemma 4's assistant model
     graph        the step as a CUDA graph; on a CPU, called
     prompt       prompts into the cache, in chunks, or through transformers where images are
     loop         `decode`: tokens as they come

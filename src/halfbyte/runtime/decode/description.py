@@ -115,14 +115,16 @@ class Description:
 
 def describe(model: Any) -> Description:
     """Read a model of AutoModelForCausalLM or AutoModelForImageTextToText. raises NotDescribed with the reason"""
-    decoder = _decoder_of(model)
+    decoder = decoder_of(model)
     config = decoder.config
     family = FAMILIES[type(decoder.layers[0]).__name__]
-    _check_config(config, family)
+    check_config(config, family)
     device = _device_of(decoder, model)
     types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers))
     sources = _sources(decoder.layers, types)
-    layers = tuple(_layer(module, types, sources, family) for module in decoder.layers)
+    layers = tuple(
+        layer_of(module, types[i], sources[i], sources[i] == i, family) for i, module in enumerate(decoder.layers)
+    )
     whole = model.config
     special = [getattr(whole, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
     stand_ins = tuple(i for i in special if isinstance(i, int)) if family == "gemma4" and whole is not config else ()
@@ -131,52 +133,53 @@ def describe(model: Any) -> Description:
         fed_as = torch.arange(config.vocab_size, device=device)
         fed_as[list(stand_ins)] = int(config.pad_token_id or 0)
     head = model.get_output_embeddings()
-    _require(type(head) is torch.nn.Linear or callable(head), "it has no output head")
+    require(type(head) is torch.nn.Linear or callable(head), "it has no output head")
     return Description(
-        model, decoder, layers, _ropes(decoder, layers), _norm(decoder.norm, family), head,
+        model, decoder, layers, ropes_of(decoder, layers), norm_of(decoder.norm, family), head,
         getattr(config, "final_logit_softcapping", None), head.out_features,
         int(getattr(config, "hidden_size_per_layer_input", 0) or 0), stand_ins, fed_as,
         decoder.embed_tokens.weight.dtype, device,
     )  # fmt: skip
 
 
-def _require(condition: Any, reason: str) -> None:
+def require(condition: Any, reason: str) -> None:
+    """raises NotDescribed with the reason unless the condition holds"""
     if not condition:
         raise NotDescribed(
             f"the decode loop does not take this model: {reason}", todo="transformers' generate is used instead"
         )
 
 
-def _decoder_of(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
+    """The one text decoder in a model. raises NotDescribed"""
     found = [
         module
         for module in model.modules()
         if len(getattr(module, "layers", ())) and type(module.layers[0]).__name__ in FAMILIES
     ]
     named = type(model).__name__
-    _require(len(found) == 1, f"{named} has {len(found)} decoders of a known family ({', '.join(FAMILIES)})")
-    _require(
+    require(len(found) == 1, f"{named} has {len(found)} decoders of a known family ({', '.join(FAMILIES)})")
+    require(
         type(found[0].layers[0]).__module__.startswith("transformers.models."), "its layers are not transformers' own"
     )
-    _require(not model.training, "it is in training mode")
+    require(not model.training, "it is in training mode")
     return found[0]
 
 
-def _check_config(config: Any, family: str) -> None:
+def check_config(config: Any, family: str) -> None:
+    """raises NotDescribed for what no family's step does"""
     bidirectional = getattr(config, "use_bidirectional_attention", None)
-    _require(not bidirectional or (family == "gemma4" and bidirectional == "vision"), "its text attention looks ahead")
-    _require(not getattr(config, "enable_moe_block", False), "it is a mixture of experts")
-    _require(getattr(config, "attn_logit_softcapping", None) is None, "its attention scores are capped")
+    require(not bidirectional or (family == "gemma4" and bidirectional == "vision"), "its text attention looks ahead")
+    require(not getattr(config, "enable_moe_block", False), "it is a mixture of experts")
+    require(getattr(config, "attn_logit_softcapping", None) is None, "its attention scores are capped")
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    _require(activation in ACTIVATIONS, f"its activation is {activation!r}")
+    require(activation in ACTIVATIONS, f"its activation is {activation!r}")
 
 
 def _device_of(decoder: Any, model: Any) -> torch.device:
     tensors = [*decoder.parameters(), *decoder.buffers(), *model.get_output_embeddings().parameters()]
     devices: set[torch.device] = {tensor.device for tensor in tensors}
-    _require(
-        len(devices) == 1 and next(iter(devices)).type != "meta", f"its weights lie on {sorted(map(str, devices))}"
-    )
+    require(len(devices) == 1 and next(iter(devices)).type != "meta", f"its weights lie on {sorted(map(str, devices))}")
     return next(iter(devices))
 
 
@@ -191,32 +194,31 @@ def _sources(layers: Any, types: list[str]) -> list[int]:
     return sources
 
 
-def _layer(module: Any, types: list[str], sources: list[int], family: str) -> Layer:
+def layer_of(module: Any, kind: str, source: int, own: bool, family: str) -> Layer:
+    """A decoder layer of type `kind` that reads the cache of layer `source`; own: it has keys of its own. raises NotDescribed"""
     attention, mlp = module.self_attn, module.mlp
-    index = attention.layer_idx
     config = attention.config
-    own = sources[index] == index
     sandwich = family != "llama"
     scalar = getattr(module, "layer_scalar", None)
     window = getattr(attention, "sliding_window", None)
     if type(module).__name__ == "MistralDecoderLayer":
         window = config.sliding_window
-    _require(
+    require(
         attention.head_dim <= WIDEST_HEAD and attention.head_dim % 2 == 0, f"its heads are {attention.head_dim} wide"
     )
     return Layer(
-        index, sources[index], config.num_attention_heads, config.num_attention_heads // attention.num_key_value_groups,
-        attention.head_dim, int(window or 0), types[index] if sandwich else "all", float(attention.scaling),
+        attention.layer_idx, source, config.num_attention_heads, config.num_attention_heads // attention.num_key_value_groups,
+        attention.head_dim, int(window or 0), kind if sandwich else "all", float(attention.scaling),
         1.0 if scalar is None else float(scalar), getattr(config, "hidden_activation", None) or config.hidden_act,
         linears_of(attention, mlp, own), HeadNorms(
-            _norm(getattr(attention, "q_norm", None), family),
-            _norm(getattr(attention, "k_norm", None), family) if own else None,
-            _norm(getattr(attention, "v_norm", None), family) if own else None,
+            norm_of(getattr(attention, "q_norm", None), family),
+            norm_of(getattr(attention, "k_norm", None), family) if own else None,
+            norm_of(getattr(attention, "v_norm", None), family) if own else None,
         ),
-        _norm(module.input_layernorm, family),
-        _norm(module.post_attention_layernorm, family) if sandwich else None,
-        _norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm, family),
-        _norm(module.post_feedforward_layernorm, family) if sandwich else None,
+        norm_of(module.input_layernorm, family),
+        norm_of(module.post_attention_layernorm, family) if sandwich else None,
+        norm_of(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm, family),
+        norm_of(module.post_feedforward_layernorm, family) if sandwich else None,
         _per_layer(module, family),
     )  # fmt: skip
 
@@ -227,11 +229,11 @@ def _per_layer(module: Any, family: str) -> PerLayer | None:
     return PerLayer(
         product(module.per_layer_input_gate),
         product(module.per_layer_projection),
-        _norm(module.post_per_layer_input_norm, family),
+        norm_of(module.post_per_layer_input_norm, family),
     )
 
 
-def _norm(module: Any, family: str) -> Any:
+def norm_of(module: Any, family: str) -> Any:
     """A Norm, or None for a norm that a model does not have."""
     if module is None:
         return None
@@ -244,17 +246,18 @@ def _norm(module: Any, family: str) -> Any:
     return Norm(weight, eps, late=family == "llama")
 
 
-def _ropes(decoder: Any, layers: tuple[Layer, ...]) -> dict[str, tuple[torch.Tensor, float]]:
+def ropes_of(decoder: Any, layers: tuple[Layer, ...]) -> dict[str, tuple[torch.Tensor, float]]:
+    """The rotary embeddings that the layers name. raises NotDescribed"""
     rotary, found = decoder.rotary_emb, {}
     for layer in layers:
         if layer.rope in found:
             continue
         one = layer.rope == "all"
         kind = rotary.rope_type if one else rotary.rope_type.get(layer.rope)
-        _require(kind in STATIC_ROPE, f"its rotary embedding is {kind!r}")
+        require(kind in STATIC_ROPE, f"its rotary embedding is {kind!r}")
         prefix = "" if one else f"{layer.rope}_"
         frequencies = getattr(rotary, f"{prefix}inv_freq").float()
-        _require(len(frequencies) * 2 == layer.head_dim, "only a part of each head is rotated")
+        require(len(frequencies) * 2 == layer.head_dim, "only a part of each head is rotated")
         scaling = rotary.attention_scaling if one else getattr(rotary, f"{prefix}attention_scaling")
         found[layer.rope] = (frequencies, float(scaling))
     return found

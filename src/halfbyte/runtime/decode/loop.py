@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import UsageError
+from halfbyte.runtime.decode.assistant import draft_by, read_assistant, remember
 from halfbyte.runtime.decode.cache import SPARE, cache_bytes, new_cache
 from halfbyte.runtime.decode.description import Description, describe
 from halfbyte.runtime.decode.graph import Recorded
@@ -33,7 +34,7 @@ from halfbyte.runtime.decode.prompt import CHUNK, fill, fill_by_model
 from halfbyte.runtime.decode.sampling import Sampling, choose, seen_before
 from halfbyte.runtime.decode.speculation import draft
 from halfbyte.runtime.decode.state import State, begin, new_state
-from halfbyte.runtime.decode.step import logits_of
+from halfbyte.runtime.decode.step import head, hidden_behind
 
 Tokens = list[list[int]]
 
@@ -45,15 +46,16 @@ def decode(
     *,
     sampling: Sampling | None = None,
     speculate: int = 0,
+    assistant: Any = None,
     stops: Sequence[int] | None = None,
 ) -> Iterator[Tokens]:
-    """New tokens of each row, a list of lists at a time, until every row has ended. Arguments as of `Decoder.tokens`.
+    """New tokens of each row, a list of lists at a time, until every row has ended. Arguments as of `Decoder` and its `tokens`.
 
     raises  NotDescribed for a model it does not know, UsageError for inputs that cannot be
     """
     prompts = prompts_of(inputs)
     capacity = max(map(len, prompts)) + max_new_tokens
-    yield from Decoder(model, len(prompts), capacity).tokens(
+    yield from Decoder(model, len(prompts), capacity, assistant).tokens(
         inputs, max_new_tokens, sampling=sampling, speculate=speculate, stops=stops
     )
 
@@ -74,15 +76,17 @@ def prompts_of(inputs: Mapping[str, Any]) -> Tokens:
 class Decoder:
     """A model with a cache of its own, ready for texts of up to `capacity` tokens in `rows` rows.
 
-    report  of the last texts: tokens, steps, acceptance, seconds
-    raises  NotDescribed for a model it does not know
+    assistant  Gemma 4's, to draft instead of looking up
+    report     of the last texts: tokens, steps, acceptance, seconds
+    raises     NotDescribed for a model it does not know
     """
 
-    def __init__(self, model: Any, rows: int = 1, capacity: int = 4096) -> None:
+    def __init__(self, model: Any, rows: int = 1, capacity: int = 4096, assistant: Any = None) -> None:
         self.description: Description = describe(model)
         self.rows, self.capacity = rows, capacity
         self.cache = new_cache(self.description, rows, capacity)
         self.state = new_state(rows, capacity, self.description.device)
+        self.assistant = None if assistant is None else read_assistant(assistant, self.description, rows)
         self.report: dict[str, Any] = {}
         self._recorded: dict[tuple[int, Sampling], Recorded] = {}
 
@@ -125,6 +129,8 @@ class Decoder:
             own_stops(self.description.model) if stops is None else stops,
             sampling.seed,
         )
+        if self.assistant is not None:
+            self.assistant.hidden.zero_()
         start = time.perf_counter()
         if self._through_model(inputs):
             fill_by_model(self.description, self.cache, inputs)
@@ -148,21 +154,27 @@ class Decoder:
         if key not in self._recorded:
             pool = next((recorded.pool for recorded in self._recorded.values()), None)
             step = self._work(width, sampling)
-            self._recorded[key] = Recorded(step, self.state.tensors, self.description.device, pool)
+            changed = self.state.tensors if self.assistant is None else (*self.state.tensors, self.assistant.hidden)
+            self._recorded[key] = Recorded(step, changed, self.description.device, pool)
         return self._recorded[key]
 
     def _work(self, width: int, sampling: Sampling) -> Callable[[], None]:
-        description, cache, state = self.description, self.cache, self.state
+        description, cache, state, assistant = self.description, self.cache, self.state, self.assistant
         at = torch.arange(width, device=description.device)
 
         def step() -> None:
-            fed = draft(state, width)
-            logits = logits_of(description, cache, fed, state.length - 1)
+            drafts = assistant is not None and width > 1
+            fed = draft_by(assistant, description, cache, state, width) if drafts else draft(state, width)  # type: ignore[arg-type]
+            before = state.length.clone() if assistant is not None else state.length
+            hidden = hidden_behind(description, cache, fed, state.length - 1)
+            logits = head(description, hidden)
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = seen_before(state.history, state.length, fed, logits.shape[-1])
             u = state.u.gather(1, state.length[:, None] + at).reshape(-1) if sampling.do_sample else None
             append(state, fed, choose(logits, sampling, u, seen).view(fed.shape))
+            if assistant is not None:
+                remember(assistant, state, before, hidden)
 
         return step
 

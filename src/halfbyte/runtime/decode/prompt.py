@@ -21,7 +21,7 @@ from halfbyte.runtime.decode.cache import Cache
 from halfbyte.runtime.decode.description import Description, Layer
 from halfbyte.runtime.decode.kernels.rotary import Target, rotate
 from halfbyte.runtime.decode.linears import KeysValues
-from halfbyte.runtime.decode.step import angles_at, through_layers
+from halfbyte.runtime.decode.step import angles_at, through_model
 
 #: tokens that go through the layers at once
 CHUNK = 1024
@@ -38,7 +38,7 @@ def fill(description: Description, cache: Cache, prompts: Sequence[Sequence[int]
         rows, order = order[:together], order[together:]
         for start in range(0, longest, chunk):
             pieces = [list(prompts[row][:-1][start : start + chunk]) for row in rows]
-            through_layers(description, *_Chunk(description, cache, rows, start, pieces).arguments)
+            through_model(description, *_Chunk(description, cache, rows, start, pieces).arguments)
 
 
 class _Chunk:
@@ -55,7 +55,7 @@ class _Chunk:
         padded = [piece + [0] * (self.width - len(piece)) for piece in pieces]
         self.tokens = torch.tensor(padded, device=device).reshape(-1)
         self.places = start + torch.arange(self.width, device=device)
-        self.angles = angles_at(description, self.places.repeat(len(rows)))
+        self.angles = angles_at(description.ropes, self.places.repeat(len(rows)), description.dtype)
         self.zero = torch.zeros(len(rows), dtype=torch.int64, device=device)
         self.shared = {layer.source for layer in description.layers if layer.source < layer.index}
         self.held: dict[int, KeysValues] = {}
@@ -64,7 +64,7 @@ class _Chunk:
 
     @property
     def arguments(self) -> tuple[torch.Tensor, Any]:
-        """What `through_layers` takes."""
+        """What `through_model` takes."""
         return self.tokens, self.mix
 
     def mix(self, layer: Layer, q: torch.Tensor, kv: KeysValues | None) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from halfbyte.runtime.decode.description import Description, Layer
 from halfbyte.runtime.decode.kernels.attention import attend
 from halfbyte.runtime.decode.kernels.dense import dense
 from halfbyte.runtime.decode.kernels.gate import gated
-from halfbyte.runtime.decode.kernels.norm import add_norm
+from halfbyte.runtime.decode.kernels.norm import Norm, add_norm
 from halfbyte.runtime.decode.kernels.rotary import Target, rotate
 from halfbyte.runtime.decode.linears import KeysValues
 
@@ -32,22 +32,27 @@ Mix = Callable[[Layer, torch.Tensor, KeysValues | None], torch.Tensor | None]
 
 
 def logits_of(description: Description, cache: Cache, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Logits [rows * T, vocabulary] behind each of tokens int64 [rows, T]; position int64 [rows] is that of the first.
+    """Logits [rows * T, vocabulary] behind each of tokens; arguments as of `hidden_behind`."""
+    return head(description, hidden_behind(description, cache, tokens, position))
+
+
+def hidden_behind(description: Description, cache: Cache, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Normed hidden states [rows * T, n] behind each of tokens int64 [rows, T]; position int64 [rows] is that of the first.
 
     The tokens' keys and values are in the cache afterwards.
     """
     steps = tokens.shape[1]
     places = (position[:, None] + torch.arange(steps, device=position.device)).reshape(-1)
-    angles = angles_at(description, places)
+    angles = angles_at(description.ropes, places, description.dtype)
 
     def mix_with_cache(layer: Layer, q: torch.Tensor, kv: KeysValues | None) -> torch.Tensor:
         keys, values = cache.keys[layer.index], cache.values[layer.index]
         queries = rotate(q, kv, layer.head_norms, angles[layer.rope], Target(keys, values, position))
         return attend(queries, keys, values, position, layer.scale, layer.window)
 
-    hidden = through_layers(description, tokens.reshape(-1), mix_with_cache)
+    hidden = through_model(description, tokens.reshape(-1), mix_with_cache)
     assert hidden is not None
-    return head(description, hidden)
+    return hidden
 
 
 def head(description: Description, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,26 +64,39 @@ def head(description: Description, hidden: torch.Tensor) -> torch.Tensor:
     return logits if description.softcap is None else torch.tanh(logits / description.softcap) * description.softcap
 
 
-def angles_at(description: Description, places: torch.Tensor) -> Angles:
+def angles_at(ropes: dict[str, tuple[torch.Tensor, float]], places: torch.Tensor, dtype: torch.dtype) -> Angles:
     """Cosines and sines [tokens, head_dim / 2] for positions int [tokens], by rotary embedding."""
     found = {}
-    for name, (frequencies, scaling) in description.ropes.items():
+    for name, (frequencies, scaling) in ropes.items():
         turn = places[:, None].float() * frequencies
         cos, sin = turn.cos(), turn.sin()
         if scaling != 1:
             cos, sin = cos * scaling, sin * scaling
-        found[name] = cos.to(description.dtype), sin.to(description.dtype)
+        found[name] = cos.to(dtype), sin.to(dtype)
     return found
 
 
-def through_layers(description: Description, tokens: torch.Tensor, mix: Mix) -> torch.Tensor | None:
-    """Normed hidden states behind the last layer, for tokens int64 [n]; None if `mix` ended the pass."""
+def embedded(description: Description, tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings [n, width] of tokens int64 [n], as the model scales them."""
     if description.fed_as is not None:
         tokens = description.fed_as[tokens]
-    x = description.decoder.embed_tokens(tokens)
-    inputs = per_layer_inputs(description, tokens, x)
-    layers = description.layers
-    following = [layer.before_attention for layer in layers[1:]] + [description.norm]
+    x: torch.Tensor = description.decoder.embed_tokens(tokens)
+    return x
+
+
+def through_model(description: Description, tokens: torch.Tensor, mix: Mix) -> torch.Tensor | None:
+    """Normed hidden states behind the last layer, for tokens int64 [n]; None if `mix` ended the pass."""
+    x = embedded(description, tokens)
+    if description.fed_as is not None and description.per_layer_width:
+        tokens = description.fed_as[tokens]
+    return through_layers(description.layers, description.norm, x, per_layer_inputs(description, tokens, x), mix)
+
+
+def through_layers(
+    layers: tuple[Layer, ...], norm: Norm, x: torch.Tensor, inputs: torch.Tensor | None, mix: Mix
+) -> torch.Tensor | None:
+    """The same for embeddings x [n, width]; inputs [n, layers, per-layer width] or None."""
+    following = [layer.before_attention for layer in layers[1:]] + [norm]
     x, h = add_norm(x, None, None, 1.0, layers[0].before_attention)
     for layer, after in zip(layers, following, strict=True):
         mixed = mix(layer, *layer.linears.qkv(h))
