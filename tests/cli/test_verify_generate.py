@@ -75,6 +75,20 @@ def test_generate_json_with_an_image(run: Run, finished: Path, tmp_path: Path) -
     assert answer["prompt_tokens"] > plain["prompt_tokens"] + 30, "the image is not in the prompt"
 
 
+def test_fast_generates_by_our_loop_and_guessing_ahead_changes_nothing(run: Run, finished: Path) -> None:
+    ask = ["generate", finished, "--prompt", "Hello", "--max-new-tokens", 12, "--device", "cpu", "--fast", "--json"]
+    plain, ahead = (json.loads(run(*ask, *more).stdout) for more in ([], ["--speculate", 5]))
+    assert plain["decoded_by"] == {"name": "halfbyte", "why": None}
+    assert plain["new_tokens"] > 3
+    assert ahead["token_ids"] == plain["token_ids"]
+    assert ahead["speculation"]["steps"] <= plain["new_tokens"]
+
+
+def test_guessing_ahead_without_our_loop_is_refused(refused: Refused, finished: Path) -> None:
+    message = refused("generate", finished, "--prompt", "?", "--device", "cpu", "--speculate", 3)
+    assert "the CPU's default" in message
+
+
 def test_generate_prints_the_answer_on_stdout_and_figures_on_stderr(run: Run, finished: Path) -> None:
     outcome = run("generate", finished, "--prompt", "Hello", "--max-new-tokens", 6, "--device", "cpu")
     assert outcome.code == 0

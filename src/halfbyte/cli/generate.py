@@ -20,9 +20,10 @@ def command(
     fast: Annotated[
         bool | None,
         typer.Option(
-            help="halfbyte's 4-bit linears: everywhere, or nowhere (stock). Unless given: where measured faster."
+            help="halfbyte's linears and decode loop: everywhere, or nowhere (stock). Unless given: where measured faster."
         ),
     ] = None,
+    speculate: Annotated[int, typer.Option(min=0, max=15, help="Tokens to guess ahead; the text is the same.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
     do_sample: Annotated[bool | None, typer.Option(help="Sample instead of greedy decoding.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sampling temperature.")] = None,
@@ -35,7 +36,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     json: JSON_OPTION = False,
 ) -> None:
-    """Answer one prompt through stock transformers, streaming tokens."""
+    """Answer one prompt, streaming tokens: on a GPU by halfbyte's own loop, else by transformers."""
     from halfbyte.runtime.generate import generate
 
     def show(text: str) -> None:
@@ -48,6 +49,7 @@ def command(
         image=image or (),
         device=device,
         fast=fast,
+        speculate=speculate,
         stream=None if json else show,
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
@@ -70,4 +72,8 @@ def command(
         f"peak {kind} {memory / 2**30:.2f} GiB",
         err=True,
     )
+    by = result["decoded_by"]
+    typer.echo(f"decoded by {by['name']}" + (f" ({by['why']})" if by["why"] else ""), err=True)
+    if result["speculation"]:
+        typer.echo(f"guesses kept: {100 * (result['speculation']['acceptance'] or 0):.0f} %", err=True)
     typer.echo(result["linears_summary"], err=True)
