@@ -77,7 +77,7 @@ def test_generate_json_with_an_image(run: Run, finished: Path, tmp_path: Path) -
 
 def test_fast_generates_by_our_loop_and_guessing_ahead_changes_nothing(run: Run, finished: Path) -> None:
     ask = ["generate", finished, "--prompt", "Hello", "--max-new-tokens", 12, "--device", "cpu", "--fast", "--json"]
-    plain, ahead = (json.loads(run(*ask, *more).stdout) for more in ([], ["--speculate", 5]))
+    plain, ahead = (json.loads(run(*ask, *more).out) for more in ([], ["--speculate", 5]))
     assert plain["decoded_by"] == {"name": "halfbyte", "why": None}
     assert plain["new_tokens"] > 3
     assert ahead["token_ids"] == plain["token_ids"]
