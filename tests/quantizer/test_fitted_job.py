@@ -241,3 +241,43 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers() -> None:
     one, four = json.loads(ended.stdout.splitlines()[-1])
     print(f"+{(four - one) / MIB:.0f} MiB for three layers")
     assert four - one < 72 * MIB
+
+
+def test_stock_transformers_and_bitsandbytes_compute_with_our_dequantized_weights(gptq: Path, tiny_nf4: Path) -> None:
+    """Every Linear4bit of a stock load on the CPU, by itself: a random model this small is chaotic in bfloat16 as a whole."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForImageTextToText
+
+    from halfbyte.layers.weights import open_weights
+
+    stock = AutoModelForImageTextToText.from_pretrained(gptq, dtype=torch.bfloat16).eval()
+    layers = {name: module for name, module in stock.named_modules() if isinstance(module, Linear4bit)}
+    ours, others = open_weights(gptq), open_weights(tiny_nf4)
+    generator = torch.Generator().manual_seed(0)
+    apart, from_rounded = [], []
+    for name, module in layers.items():
+        x = torch.randn(8, module.in_features, generator=generator).bfloat16()
+        with torch.inference_mode():
+            theirs = module(x).float()
+        for found, weights in ((apart, ours), (from_rounded, others)):
+            expected = x.float() @ weights.load(f"{name}.weight").float().T
+            found.append(float((theirs - expected).norm() / expected.norm()))
+    assert len(layers) == 41
+    assert max(apart) < 0.01
+    assert min(from_rounded) > 0.03
+    ours.close()
+    others.close()
+
+
+def test_some_scales_are_negative(gptq: Path) -> None:
+    from halfbyte.layers.weights import open_weights
+
+    tensors = tensors_of(gptq)
+    name = next(name for name in tensors if name.endswith("0.mlp.up_proj.weight"))
+    state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    map_, absmax = tensors[f"{name}.nested_quant_map"], tensors[f"{name}.absmax"].long()
+    groups = tensors[f"{name}.nested_absmax"].repeat_interleave(256)[: len(absmax)]
+    scales = map_[absmax] * groups + state["nested_offset"]
+    assert (scales < 0).any()
+    assert (scales > 0).any()
+    assert open_weights(gptq).load(name).isfinite().all()

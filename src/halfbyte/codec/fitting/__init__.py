@@ -106,13 +106,11 @@ def _provisional(
     scales = torch.empty(len(blocks), device=weight.device)
     squares = None if mean_squares is None else mean_squares.to(weight.device, torch.float32)
     for begin in range(0, len(blocks), _STEP):
-        part = blocks[begin : begin + _STEP].float()
+        part = blocks[begin : begin + _STEP].T.float().contiguous()
         importance = None
         if squares is not None:
-            first = begin * fit.blocksize
-            importance = squares[torch.arange(first, first + part.numel(), device=weight.device) % columns].view_as(
-                part
-            )
+            index = torch.arange(begin * fit.blocksize, begin * fit.blocksize + part.numel(), device=weight.device)
+            importance = squares[index % columns].view(-1, fit.blocksize).T
         scales[begin : begin + _STEP] = search_scales(
             part, importance, signed=fit.signed, candidates=fit.candidates, refit=fit.refit
         )

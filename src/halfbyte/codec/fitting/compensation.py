@@ -43,9 +43,7 @@ def compensate(
         here = slice(position * size, (position + 1) * size)
         mine = slice(block, None, per_row)
         panel = left[here]
-        scales = search_scales(
-            panel.T.contiguous(), importance[here], signed=fit.signed, candidates=fit.candidates, refit=fit.refit
-        )
+        scales = search_scales(panel, importance[here], signed=fit.signed, candidates=fit.candidates, refit=fit.refit)
         scale_codes[block] = chosen = grid.snap(scales, mine)
         errors = round_panel(panel, geometry.inverse[here, here], grid.values(chosen.long(), mine), codes[here])
         left[here.stop :].addmm_(geometry.inverse[here, here.stop :].T, errors, alpha=-1)
