@@ -26,7 +26,8 @@ def test_a_plan_prints_both_block_sizes_and_what_the_finer_one_needs(run: Run, t
 def test_measure_then_plan_by_a_budget(run: Run, tiny_gemma4: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"prompt": "Name a colour.", "response": "Red is one."}))
-    measured = run("sensitivity", tiny_gemma4, tmp_path / "costs", "--data", chats, "--device", "cpu")
+    how = ("--device", "cpu", "--protocol", "kld[assistant,given]")
+    measured = run("sensitivity", tiny_gemma4, tmp_path / "costs", "--data", chats, *how)
     assert measured.code == 0
     assert "24 groups, " in measured.out
     assert "all at once" in measured.out

@@ -21,7 +21,7 @@ from halfbyte.layers.weights import PlainWeights, open_weights, round_to_nf4
 from halfbyte.recipe.budget.sensitivity import read_sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL: dict[str, Any] = {"limit": 2, "window": 8, "device": "cpu"}
+SMALL: dict[str, Any] = {"limit": 2, "window": 8, "device": "cpu", "protocol": "kld[assistant,given]"}
 
 
 class Changed:
@@ -126,6 +126,23 @@ def test_what_cannot_be_measured_is_refused(tiny_gemma4: Path, chats: Path, tmp_
     refused(SourceError, "is not a source", source=tmp_path / "nf4")
     with pytest.raises(OutputError, match="holds a checkpoint"):
         halfbyte.sensitivity(tiny_gemma4, tmp_path / "nf4", data=chats)
+
+
+@pytest.mark.parametrize(
+    ("large", "answered", "chosen"),
+    [(False, True, "on-policy"), (False, False, "on-policy"), (True, True, "given"), (True, False, "on-policy")],
+)
+def test_chats_are_answered_by_the_model_itself_where_it_fits(
+    large: bool, answered: bool, chosen: str, tiny_gemma4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "must_stream", lambda *_: large)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"prompt": "Name a colour.", **({"response": "Red."} if answered else {})}))
+    weights = open_weights(tiny_gemma4)
+    assert isinstance(weights, PlainWeights)
+    found = job._protocol(None, weights, job.gather_material([path], None), ("cpu", "float32"))
+    assert found == f"kld[assistant,{chosen}]"
+    weights.close()
 
 
 def test_the_standard_error_is_of_documents_and_unknown_with_one() -> None:

@@ -11,6 +11,9 @@ What it costs on L layers, g groups a layer, T tokens: about g L forward passes 
 residuals; on the GPU a layer in float32 (2.1 GB), its rounded linears (2 GB), the head in bf16 (2.6 GiB): a 24 GB card does. Not measured
 at that size. A small model on a CPU: SmolLM2-135M, 480 tokens, minutes.
 
+Answers in the model's own words rank groups better than other people's (docs/log.md). They are written with the whole model in memory; one
+that does not fit is measured on chats that bring their answers, or on texts.
+
 The catch: the data that chooses must not be the data that judges, so there is none built in: give text that is in no evaluation.
 """
 
@@ -31,6 +34,7 @@ from halfbyte.evaluator.sensitivity.carrying import CarryingModel, Variant
 from halfbyte.evaluator.sensitivity.costs import cost_of, documents_of, klds_of, rank_correlation, standard_error
 from halfbyte.evaluator.sensitivity.settings import probing_of
 from halfbyte.layers.rows import Rows
+from halfbyte.layers.streaming import must_stream
 from halfbyte.layers.weights import Nf4Weights, PlainWeights, open_weights
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.recipe.budget.groups import Group, groups_of
@@ -84,7 +88,7 @@ def sensitivity(
             raise SourceError("is not a source", where=str(source), todo="name the full-precision checkpoint")
         work = _Work(weights, device, settings, out)
         dtype = "float32" if settings.dtype == "auto" else settings.dtype
-        protocol = _protocol(probing.protocol, weights, material)
+        protocol = _protocol(probing.protocol, weights, material, (device, dtype))
         rows = rows_of(protocol, weights, material, settings, (out / "traces", device, dtype))
         body = work.measure(rows, preset, dtype)
         body["data"] = list(material.files_of(protocol))
@@ -99,8 +103,12 @@ def sensitivity(
     return read_record(out, NAME) or body
 
 
-def _protocol(asked: str | None, weights: PlainWeights, material: Material) -> str:
-    """What was asked for, or what the data and the model allow; raises UsageError if the data has nothing for it."""
+def _protocol(asked: str | None, weights: PlainWeights, material: Material, place: tuple[str, str]) -> str:
+    """What was asked for, or what the data and the model allow; raises UsageError if the data has nothing for it.
+
+    Chats are answered by the model itself, for its own words are what it will read in use; answers that came with them stand in where
+    it does not fit into memory as a whole (place: device, dtype).
+    """
     chats = [] if material.chats_built_in else material.chats
     chosen = asked
     if chosen is None:
@@ -108,7 +116,7 @@ def _protocol(asked: str | None, weights: PlainWeights, material: Material) -> s
         if material.given_text or not chats:
             chosen = FRAME if instruct else RAW
         else:
-            chosen = GIVEN if all(chat.response for chat in chats) else ON_POLICY
+            chosen = GIVEN if must_stream(weights, *place) and all(chat.response for chat in chats) else ON_POLICY
     if not (chats if chosen in OF_CHATS else material.given_text):
         kind = "chats (.jsonl)" if chosen in OF_CHATS else "a text"
         raise UsageError(f"{chosen} needs {kind}", where="--data", todo=f"give {kind} that no evaluation uses")
