@@ -25,6 +25,7 @@ import torch
 from decode import SHAPES, Bench, build, bytes_a_token, config_of, copy_rate
 
 from halfbyte.runtime.decode.description import Description
+from halfbyte.runtime.decode.kernels import attention
 from halfbyte.runtime.decode.kernels.where import launch_early
 from halfbyte.runtime.decode.loop import Decoder
 from halfbyte.runtime.decode.prompt import fill
@@ -146,6 +147,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("step.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
     torch.manual_seed(0)
     launch_early(options.early)
+    attention.CHUNK = options.chunk
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     model = build(config_of(options), device)
     weights = bytes_a_token(model)
@@ -168,7 +170,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "step", "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "copy_bytes_per_s": rate,
         "shape": "tiny" if options.tiny else str(options.config or options.shape), "bytes_per_token": weights, "steps": found,
-        "kernels": {width: rows[:20] for width, rows in kernels.items()}, "prompts": prompts, "early": options.early, "torch": torch.__version__,
+        "kernels": {width: rows[:20] for width, rows in kernels.items()}, "prompts": prompts, "early": options.early, "chunk": options.chunk, "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -176,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="31b")
     parser.add_argument("--config", type=Path, help="config.json of a Gemma 4 instead of --shape")
+    parser.add_argument("--chunk", type=int, default=attention.CHUNK, help="slots of the cache that one program reads")
     parser.add_argument("--tiny", action="store_true", help="a few MB, also on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--all-ours", dest="fast", action="store_const", const=True, default="auto",

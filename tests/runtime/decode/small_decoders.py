@@ -71,8 +71,20 @@ def gemma4_e() -> Any:
     return lively(Gemma4ForCausalLM(config))
 
 
+def gemma4_unified() -> Any:
+    """As the 12B is: keys that are values, one wide key head, in its full layers."""
+    from transformers import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
+
+    config = Gemma4UnifiedTextConfig(
+        **SIZES, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=24,
+        final_logit_softcapping=30.0, layer_types=[SLIDING, SLIDING, FULL, FULL],
+    )  # fmt: skip
+    return lively(Gemma4UnifiedForCausalLM(config))
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3, "gemma4_e": gemma4_e,
+    "gemma4_unified": gemma4_unified,
 }  # fmt: skip
 
 

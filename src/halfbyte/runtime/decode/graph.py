@@ -10,9 +10,15 @@ The catch: with a driver that cannot record one of the model's own operations, r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While it lasts, kernels are launched on this device: Triton takes the current GPU, not that of its arguments."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Recorded:
@@ -26,20 +32,24 @@ class Recorded:
     def __init__(
         self, step: Callable[[], None], changed: Sequence[torch.Tensor], device: torch.device, pool: Any = None
     ) -> None:
-        self.step = step
+        self.step, self.device = step, device
         self.graph: Any = None
-        if device.type != "cuda":
-            return
+        if device.type == "cuda":
+            with on(device):
+                self._record(changed, pool)
+
+    def _record(self, changed: Sequence[torch.Tensor], pool: Any) -> None:
+        device = self.device
         before = [tensor.clone() for tensor in changed]
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                step()
+                self.step()
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            step()
+            self.step()
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
 
@@ -52,4 +62,5 @@ class Recorded:
         if self.graph is None:
             self.step()
         else:
-            self.graph.replay()
+            with on(self.device):
+                self.graph.replay()

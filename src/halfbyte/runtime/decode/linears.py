@@ -45,7 +45,8 @@ def linears_of(attention: Any, mlp: Any, own_keys: bool) -> Linears:
 
 def product(module: Any) -> Product:
     """x [rows, in] -> [rows, out] by a module, or by `dense` if it is a plain linear without hooks."""
-    if type(module) is torch.nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+    plain = type(module) is torch.nn.Linear and "forward" not in module.__dict__
+    if plain and not module._forward_hooks and not module._forward_pre_hooks:
         return lambda x: dense(x, module.weight, module.bias)
     call: Product = module
     return call

@@ -28,7 +28,7 @@ from halfbyte.errors import UsageError
 from halfbyte.runtime.decode.assistant import draft_by, read_assistant, remember
 from halfbyte.runtime.decode.cache import SPARE, cache_bytes, new_cache
 from halfbyte.runtime.decode.description import Description, describe
-from halfbyte.runtime.decode.graph import Recorded
+from halfbyte.runtime.decode.graph import Recorded, on
 from halfbyte.runtime.decode.kernels.append import append
 from halfbyte.runtime.decode.prompt import CHUNK, fill, fill_by_model
 from halfbyte.runtime.decode.sampling import Sampling, choose, seen_before
@@ -114,7 +114,7 @@ class Decoder:
         """New tokens of each row since the last time; a stop token is the last of its row.
 
         inputs     input_ids [rows, n] and attention_mask; for one row pixels as well, as a processor gives them
-        speculate  drafts a step, up to 15; the text is the same
+        speculate  drafts a step, up to 15; the text is the same: bit by bit while rows * (drafts + 1) <= 16, beyond that up to ties
         stops      token ids that end a row; None: the model's own
         every      steps between two looks of the host
         """
@@ -132,10 +132,11 @@ class Decoder:
         if self.assistant is not None:
             self.assistant.hidden.zero_()
         start = time.perf_counter()
-        if self._through_model(inputs):
-            fill_by_model(self.description, self.cache, inputs)
-        else:
-            fill(self.description, self.cache, prompts, CHUNK)
+        with on(self.description.device):
+            if self._through_model(inputs):
+                fill_by_model(self.description, self.cache, inputs)
+            else:
+                fill(self.description, self.cache, prompts, CHUNK)
         step = self._step(speculate + 1, sampling)
         self._wait()
         began = time.perf_counter()
@@ -251,7 +252,7 @@ class _Reader:
         event = None
         if state.length.is_cuda:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(state.length.device))
         return buffer, event
 
     def read(self, note: tuple[torch.Tensor, Any]) -> tuple[Tokens, bool]:
