@@ -27,7 +27,7 @@ from stream_scoring import LAYERS, RandomWeights, config_31b, random_rows
 from halfbyte.device import check_device
 from halfbyte.evaluator.sensitivity.carrying import CarryingModel, Variant
 from halfbyte.evaluator.sensitivity.costs import klds_of
-from halfbyte.evaluator.weights import Weights, round_to_nf4
+from halfbyte.layers.weights import Weights, round_to_nf4
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.recipe.budget.groups import groups_of
 from halfbyte.recipe.budget.sensitivity import MEASURED
