@@ -64,7 +64,7 @@ def quantize(
     options             `preset` (`decoder-only`, `unsloth`, or the path of a TOML file) and any field of `Method`
 
     Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model. Of another
-    method than rtn: docs/method.md; one decoder layer, never the model, but for the answers that the source writes.
+    method than rtn: one decoder layer and one Hessian (`layerwise`), never the model, but for the answers that the source writes.
     raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
     """
     from halfbyte.recipe.survey import plan_of
