@@ -83,7 +83,7 @@ def _gptq(weight: torch.Tensor, fit: Fit, hessian: torch.Tensor) -> Fitted:
     _, scales = _provisional(weight, fit, hessian.diagonal())
     grid = ScaleGrid.around(scales, fit.signed)
     geometry = prepare(hessian, fit)
-    target = weight.detach().T[geometry.order].float()
+    target = weight.detach().T[geometry.order].float().contiguous()
     codes, scale_codes = compensate(target, geometry, grid, fit)
     for _ in range(fit.sweeps):
         if not descend(target, codes, scale_codes, geometry, grid):

@@ -10,8 +10,8 @@ scale is searched, from the weights as the columns before left them. (The diagon
 measured 2.6 % worse.) Scales are chosen on the grid of the nested scales, so the codes know them as the file will hold them.
 
 Lazily: within a block of 64 columns each step touches that block alone; then one matrix product brings the rest up to date.
-All is held with columns first, [columns, rows], so that a column is contiguous. Cost: columns^2 * rows multiplications and
-six small kernels a column (GPU: launching those is most of the time).
+All is held with columns first, [columns, rows], so that a column is contiguous. Cost: columns^2 * rows multiplications. On a GPU the
+steps within a block are one kernel (kernels.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.codec.codebook import nf4_levels, nf4_midpoints
+from halfbyte.codec.fitting import kernels
 from halfbyte.codec.fitting.hessian import Geometry
 from halfbyte.codec.fitting.nesting import ScaleGrid
 from halfbyte.codec.fitting.search import search_scales
@@ -62,8 +63,11 @@ def round_panel(panel: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor
     # In units of the row's scale: a step is then a search, a look-up, a difference and a rank-one update.
     panel.mul_(torch.where(scales != 0, 1.0 / scales, 0.0))
     diagonal = inverse.diagonal()
-    shares = inverse / diagonal[:, None]
+    shares = (inverse / diagonal[:, None]).contiguous()
     errors = torch.empty_like(panel)
+    if kernels.available(panel):
+        kernels.compensate(panel, shares, codes, errors)
+        return errors.mul_(scales).div_(diagonal[:, None])
     for column in range(len(panel)):
         found = torch.bucketize(panel[column], midpoints)
         codes[column] = found

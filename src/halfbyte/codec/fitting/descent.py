@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.codec.codebook import nf4_levels, nf4_midpoints
+from halfbyte.codec.fitting import kernels
 from halfbyte.codec.fitting.hessian import Geometry
 from halfbyte.codec.fitting.nesting import ScaleGrid
 
@@ -63,6 +64,9 @@ def _choose_codes(
     levels, midpoints = nf4_levels().to(matrix.device), nf4_midpoints().to(matrix.device)
     gradient.mul_(torch.where(scales != 0, 1.0 / scales, 0.0))
     inverse = matrix.diagonal().reciprocal()
+    if kernels.available(gradient):
+        kernels.walk(gradient, chosen, matrix.contiguous(), inverse, codes)
+        return
     for column in range(len(codes)):
         target = torch.addcmul(chosen[column], gradient[column], inverse[column])
         found = torch.bucketize(target, midpoints)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.codec.codebook import nf4_levels, nf4_midpoints
+from halfbyte.codec.fitting import kernels
 from halfbyte.codec.workers import for_each_step
 
 LOWEST, HIGHEST = 0.7, 1.5
@@ -63,6 +64,8 @@ def search_scales(
 
         for_each_step(job, n, _STEP_CPU, torch.get_num_threads())
         return out
+    if kernels.available(panel):
+        return kernels.search(panel, weigh, tried, refit)
     step = max(1, _CHUNK_GPU // size)
     for begin in range(0, n, step):
         part = weigh if weigh.shape[1] == 1 else weigh[:, begin : begin + step]
