@@ -219,7 +219,7 @@ class Store:
     def fit(self, name, inputs):
         assert inputs.hessian is not None
         return self.weights.load(name)
-sizes = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=8, head_dim=96)
+sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
 def peak(layers):
     weights = Wide({**config_of("llama"), **sizes, "num_hidden_layers": layers})
     wanted = {name for name in weights.names() if "_proj." in name}
@@ -232,7 +232,7 @@ print(json.dumps([peak(1), peak(4)]))
 
 @pytest.mark.timeout(120)
 def test_peak_memory_does_not_grow_with_the_number_of_layers() -> None:
-    """Four layers of 36 MiB, each with as much of moments, against one, in a process of its own."""
+    """Four layers of 16 MiB, each with as much of moments, against one, in a process of its own."""
     ended = subprocess.run(
         [sys.executable, "-c", WIDE], capture_output=True, text=True, timeout=110, check=False,
         cwd=Path(__file__).parents[1],
@@ -240,7 +240,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     one, four = json.loads(ended.stdout.splitlines()[-1])
     print(f"+{(four - one) / MIB:.0f} MiB for three layers")
-    assert four - one < 72 * MIB
+    assert four - one < 32 * MIB
 
 
 def test_stock_transformers_and_bitsandbytes_compute_with_our_dequantized_weights(gptq: Path, tiny_nf4: Path) -> None:

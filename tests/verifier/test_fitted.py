@@ -60,6 +60,7 @@ def test_a_fitted_checkpoint_passes_and_says_by_what(
     assert ("every code the nearest" in detail) == (name != "gptq")
     assert "does not apply" in detail
     assert checks.keys() == TITLES.keys()
+    assert checks[CHECK]["title"] != TITLES[CHECK]
 
 
 @pytest.mark.parametrize("name", ["free", "scale"])

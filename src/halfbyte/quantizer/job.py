@@ -61,7 +61,7 @@ def quantize(
     options             any field of `PlanOptions` (preset, blocksize, budget, sensitivity) and of `Method`
 
     Memory: (CPU cores + 1) x about 100 MiB, and 1/16 byte a weight of the tensors in hand; not a function of the model. Of another
-    method than rtn: docs/method.md; one decoder layer, never the model, but for the answers that the source writes.
+    method than rtn: one decoder layer and one Hessian (`layerwise`), never the model, but for the answers that the source writes.
     raises SourceError, PlanError, OutputError, UsageError; KeyboardInterrupt leaves a job that continues when run again
     """
     from halfbyte.recipe.survey import plan_of

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 CHECK = "F11 F12 F22"
+#: of a fitted checkpoint: the check's usual title promises that everything is derived again
+TITLE = "fitted codes and scales stand for the source's weights"
 #: largest error, as a share of the weight's power
 BOUND = 0.1
 SLICE = 1 << 22
@@ -71,7 +74,7 @@ def check_fitted(
             advance(weight.numel)
     if weights and not rows:
         return skipped(CHECK, "the source has none of the quantized weights"), []
-    return verdict(CHECK, faults, _good(rows, method, derived)), rows
+    return replace(verdict(CHECK, faults, _good(rows, method, derived)), title=TITLE), rows
 
 
 def _good(rows: Sequence[Mapping[str, Any]], method: Mapping[str, Any], derived: int) -> str:
