@@ -1,4 +1,4 @@
-"""The command line: one verb a file, each of them parse, call, print, exit code.
+"""The command line: one verb a file, each of them parse, call, print, exit code; and the demo, which is no verb of the package.
 
 Human text goes to stdout, progress to stderr, `--json` replaces the text by one JSON object. Exit codes: 0 fine, 1 a
 check failed, 2 usage or input, 130 interrupted. A user's mistake prints what, where and what to do next, no traceback.
@@ -7,10 +7,14 @@ check failed, 2 usage or input, 130 interrupted. A user's mistake prints what, w
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, sensitivity, verify
+from halfbyte.cli import card, evaluate, generate, lm_eval, plan, push, qat, quantize, sensitivity, verify
+from halfbyte.cli.text.options import JSON_OPTION
+from halfbyte.cli.text.show import listen, print_json
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -40,8 +44,22 @@ def _root(
 ) -> None: ...
 
 
-for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity, demo):
+for module in (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity):
     app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+
+
+@app.command(name="demo")
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for everything the demo writes.")] = Path("halfbyte-demo"),
+    json: JSON_OPTION = False,
+) -> None:
+    """Run the main job on the embedded pair: plan, quantize, verify, evaluate, card."""
+    from halfbyte.demo.tour import tour
+
+    with listen():
+        result = tour(out, say=(lambda text: None) if json else typer.echo)
+    if json:
+        print_json(result)
 
 
 def main() -> None:
