@@ -74,8 +74,7 @@ def make_plan(
         _no_verbatim_list(recipe)
     decisions, spent = spend(budget, decisions, skeleton, blocksize) if budget else (decisions, None)
     nf4 = [d.module for d in decisions if d.action == "nf4" and d.module is not None]
-    derived = recipe.skip_modules is None
-    skip = derive_skip_modules(nf4, skeleton, areas) if derived else list(recipe.skip_modules or ())
+    skip = derive_skip_modules(nf4, skeleton, areas) if recipe.skip_modules is None else list(recipe.skip_modules)
     loaders = lint(skip, skeleton, wanted=nf4, areas=areas)
     if not allow_disagreement and not all(row["agrees"] for row in loaders.values()):
         raise _disagreement(loaders, skip, recipe, nf4, skeleton, areas)

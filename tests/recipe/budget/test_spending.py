@@ -121,22 +121,6 @@ def test_finer_blocks_that_were_measured_to_be_no_better_are_not_bought(small: t
     assert all("NF4-32 was measured to save nothing for" in told[module] for module in worse["modules"])
 
 
-def test_savings_with_known_noise_are_settled_before_they_are_spent(small: tuple[Path, Path, Plan]) -> None:
-    config, costs, _ = small
-    record = json.loads((costs / "halfbyte" / "sensitivity.json").read_text())
-    for group in record["groups"]:
-        group["saving_standard_error"] = group["costs"]["nf4-64"]["kld"]  # as good as unknown
-    made = plan(config, budget="9bpw", sensitivity=change(costs, groups=record["groups"]))
-    assert made.budget is not None
-    ratio = made.budget["settled"]["ratio"]
-    assert made.budget["settled"]["spread"] == 0
-    for group in made.budget["groups"]:
-        assert group["nats"]["nf4-32"] == pytest.approx(ratio * group["nats"]["nf4-64"])
-    record["groups"][0]["saving_standard_error"] = -1.0
-    with pytest.raises(SourceError, match="no number of nats"):
-        plan(config, budget="9bpw", sensitivity=change(costs, groups=record["groups"]))
-
-
 def test_the_digest_tells_block_sizes_apart_and_is_the_old_one_without(small: tuple[Path, Path, Plan]) -> None:
     config, costs, free = small
     smallest, largest = bounds(config, costs)

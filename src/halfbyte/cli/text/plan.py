@@ -56,12 +56,6 @@ def _budget(spent: dict[str, Any]) -> list[str]:
         f"measured    {measured['n']:,} tokens of {measured['documents']} documents, {measured['protocol']}; all in NF4-64 at once: "
         f"{joint['kld']:.4f} nats, their sum {joint['sum']:.4f}",
     ]
-    settled = spent["settled"]
-    if settled["ratio"] is not None:
-        lines.append(
-            f"settled     NF4-32 costs {settled['ratio']:.2f} of NF4-64 on the whole; single groups are drawn towards that "
-            f"(spread {settled['spread']:.2f} beyond their noise)"
-        )
     if spent["unmeasured"]:
         lines.append(f"unmeasured  {len(spent['unmeasured'])} modules stay as the preset has them")
     bought = []

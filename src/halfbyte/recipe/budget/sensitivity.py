@@ -34,13 +34,11 @@ class Sensitivity:
     """A record that was found in order.
 
     costs  group -> choice (of MEASURED) -> nats
-    errors  group -> standard error of what NF4-32 saves, None with one document
     modules  group -> module paths
     about  what a plan carries on: digest of the record, rows, data, source, joint
     """
 
     costs: Mapping[str, Mapping[str, float]]
-    errors: Mapping[str, float | None]
     modules: Mapping[str, Sequence[str]]
     about: Mapping[str, Any]
 
@@ -59,9 +57,6 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     try:
         groups = body["groups"]
         costs = {g["name"]: {choice: _nats(g["costs"][choice]["kld"]) for choice in MEASURED} for g in groups}
-        errors = {
-            g["name"]: None if g["saving_standard_error"] is None else _nats(g["saving_standard_error"]) for g in groups
-        }
         modules = {g["name"]: tuple(str(module) for module in g["modules"]) for g in groups}
         about = {
             "digest": digest(body),
@@ -73,7 +68,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"a field is missing or wrong: {error}", where=str(file), todo=_TODO) from None
-    return Sensitivity(costs, errors, modules, about)
+    return Sensitivity(costs, modules, about)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Sequence[int]]]) -> str:

@@ -2,7 +2,6 @@
 
     groups (what loaders fuse is one)  x  three choices  ->  bytes, counted     (halfbyte.format.nf4_layout)
                                                          ->  nats, measured     (halfbyte.recipe.budget.sensitivity)
-                                                             and settled        (halfbyte.recipe.budget.settling)
     -> the cheapest choice within the budget, exactly                           (halfbyte.recipe.budget.knapsack)
     -> decisions with their reasons; the skip list is derived from them and proven in the loaders, as ever
 
@@ -10,7 +9,7 @@ A budget bounds the bytes of all tensors in the file, kept ones included; a quan
 file's tensors are never larger. Headers (some hundred KiB) and tokenizer are not counted, as nowhere in a plan.
 
 The catch: costs are measured one group at a time and added up. Where errors of groups meet, the whole is not the sum (the
-record holds both for the two uniform checkpoints). And a cost has noise, so the smallest sum is partly luck: it flatters. The
+record holds both for the two uniform checkpoints). And a cost has noise, so the smallest sum may be partly luck. The
 choice is exact for the sum; what the checkpoint loses is for `halfbyte evaluate` to say, on other text. A module that was not
 measured stays as the preset has it.
 """
@@ -30,7 +29,6 @@ from halfbyte.format.shards import parse_size
 from halfbyte.recipe.budget.groups import Group, groups_of
 from halfbyte.recipe.budget.knapsack import NAT, Option, solve
 from halfbyte.recipe.budget.sensitivity import MEASURED, Sensitivity, read_sensitivity, tensors_digest
-from halfbyte.recipe.budget.settling import settle
 from halfbyte.recipe.decisions import BUDGET, Decision, PlanOptions
 from halfbyte.recipe.sizes import nf4_bytes, source_bytes
 from halfbyte.recipe.skeleton import Skeleton
@@ -83,8 +81,7 @@ def spend(
     limit = _limit(budget.asked, sum(prod(d.shape) for d in decisions))
     bounds = rest + sum(s["nf4-64"] for s in sizes.values()), rest + sum(s[KEEP] for s in sizes.values())
     _check_bounds(budget.asked, limit, bounds)
-    settled = settle(budget.sensitivity.costs, budget.sensitivity.errors)
-    costs = {g.name: {**settled.costs[g.name], KEEP: 0.0} for g in groups}
+    costs = {g.name: {**budget.sensitivity.costs[g.name], KEEP: 0.0} for g in groups}
     found = solve(
         [[Option(sizes[g.name][c], round(NAT * costs[g.name][c])) for c in CHOICES] for g in groups], limit - rest
     )
@@ -101,7 +98,6 @@ def spend(
         "uniform": {choice: sum(costs[g.name][choice] for g in groups) for choice in MEASURED},
         "tally": _tally(groups, chosen, by_name),
         "states": found.states,
-        "settled": {"ratio": settled.ratio, "spread": settled.spread},
         "unmeasured": [module for group in every if group.name not in sizes for module in group.modules],
         "sensitivity": dict(budget.sensitivity.about),
         "groups": [
