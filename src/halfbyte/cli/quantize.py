@@ -39,7 +39,7 @@ def command(
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Write the NF4 checkpoint: streamed, resumable, byte-identical however often it was interrupted."""
-    from halfbyte.cards.method import method_lines
+    from halfbyte.cli.text.quantized import render
     from halfbyte.quantizer.job import quantize
 
     with listen():
@@ -64,17 +64,4 @@ def command(
     if json:
         print_json(record)
         return
-    for line in method_lines(record.get("method")):
-        typer.echo(line)
-    sizes, run = record["sizes"], record["run"]
-    nf4 = sum(tensor["action"] == "nf4" for tensor in record["tensors"].values())
-    typer.echo(f"{nf4} of {len(record['tensors'])} tensors are NF4, the rest is byte-identical to the source")
-    typer.echo(
-        f"{sizes['source_bytes'] / 2**30:.2f} GiB -> {sizes['output_bytes'] / 2**30:.2f} GiB in {len(record['files'])} file(s), "
-        f"{sizes['bits_per_weight']:.3f} bits a weight"
-    )
-    typer.echo(
-        f"{run['seconds']:.1f} s, {sizes['source_bytes'] / 1e9 / max(run['seconds'], 1e-9):.2f} GB/s of source, "
-        f"peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
-    )
-    typer.echo(f"next: halfbyte verify {out} --source {source}")
+    typer.echo(render(record, source, out))
