@@ -43,8 +43,12 @@ def command(
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Write the NF4 checkpoint: streamed, resumable, byte-identical however often it was interrupted."""
+<<<<<<< HEAD
     options = {name: value for name, value in locals().items() if name != "json"} | {"fit": fit or ()}
     from halfbyte.cards.method import method_lines
+=======
+    from halfbyte.cli.text.quantized import render
+>>>>>>> cal
     from halfbyte.quantizer.job import quantize
 
     with listen():
@@ -52,5 +56,9 @@ def command(
     if json:
         print_json(record)
         return
+<<<<<<< HEAD
     for line in [*method_lines(record.get("method")), *quantize_lines(record, source, out)]:
         typer.echo(line)
+=======
+    typer.echo(render(record, source, out))
+>>>>>>> cal

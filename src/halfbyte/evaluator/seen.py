@@ -43,7 +43,10 @@ def method_facts(entry: Entry) -> dict[str, Any] | None:
 
 
 def refuse_seen(bases: Sequence[Base], material: Material, tasks: Sequence[Task]) -> None:
-    """Raises UsageError if a candidate was calibrated on what is to be measured on, naming the documents."""
+    """Raises UsageError if a candidate was calibrated on what is to be measured on, naming the documents.
+
+    raises SourceError too if a candidate's weights are not those that its own record names
+    """
     for base in bases:
         for entry in base.candidates:
             known = ((method_of(entry) or {}).get("calibration") or {}).get("hashes", ())

@@ -10,7 +10,7 @@ architecture is written down here. `sequential` keeps the order inside the layer
 were replaced, the down_proj after gate and up. That costs a partial pass a group (a pass ends where its group was reached), and
 holds one group's moments at a time; at once, all groups are measured in one pass of the layer as the source has it.
 
-That is the default because it needs less memory and measures what is true; it costs little, as fits take longer than passes.
+That is the default because it needs less memory and measures what is true; it cost 4 % more time on SmolLM2-135M (4,000 tokens, CPU).
 
 Memory: one layer in the compute dtype; one group's Hessian, twice while its mean is taken, then once beside what the fit makes of it
 (a copy and an inverse); one weight in float32 a few times; the residual of all rows and one batch's activations. Of a 31B in bf16,

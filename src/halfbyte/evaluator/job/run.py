@@ -25,7 +25,7 @@ from halfbyte.evaluator.job.material import Material, check_pictures, gather_mat
 from halfbyte.evaluator.job.scoring import METRICS_VERSION, Machine, Scored, device_name, score_base
 from halfbyte.evaluator.job.settings import Settings, check_pack_options, choose_protocols, command_of, settings_of
 from halfbyte.evaluator.job.sizes import parameters_of, size_of
-from halfbyte.evaluator.job.writing import NAME, own_checkpoint, write_card_records
+from halfbyte.evaluator.job.writing import NAME, write_card_records
 from halfbyte.evaluator.packed import (
     PackedReference,
     arithmetic_of,
@@ -86,8 +86,6 @@ def evaluate(
         )
         if all(isinstance(each.reference, PackedReference) for each in bases):
             check_pack_options(settings, files)
-        for entry in (entry for each in bases for entry in each.candidates):
-            own_checkpoint(entry)
         refuse_blind(bases, tasks)
         refuse_seen(bases, material, tasks)
         job = _Job(bases, Work(material, tasks), settings, device, Path(out))
