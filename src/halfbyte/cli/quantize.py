@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.text.options import BLOCKSIZE_OPTION, BUDGET_OPTION, JSON_OPTION, SENSITIVITY_OPTION
-from halfbyte.cli.text.quantization import quantize_lines
 from halfbyte.cli.text.show import listen, print_json
 
 
@@ -43,12 +42,8 @@ def command(
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Write the NF4 checkpoint: streamed, resumable, byte-identical however often it was interrupted."""
-<<<<<<< HEAD
     options = {name: value for name, value in locals().items() if name != "json"} | {"fit": fit or ()}
-    from halfbyte.cards.method import method_lines
-=======
     from halfbyte.cli.text.quantized import render
->>>>>>> cal
     from halfbyte.quantizer.job import quantize
 
     with listen():
@@ -56,9 +51,4 @@ def command(
     if json:
         print_json(record)
         return
-<<<<<<< HEAD
-    for line in [*method_lines(record.get("method")), *quantize_lines(record, source, out)]:
-        typer.echo(line)
-=======
     typer.echo(render(record, source, out))
->>>>>>> cal
