@@ -14,8 +14,8 @@ from halfbyte.codec.fitting.search import factors, search_plainly
 
 
 def main() -> None:
-    weight, hessian = layer(40, 64)  # 40 rows: the second tile is ragged
-    geometry = prepare(hessian, Fit())
+    weight, hessian = layer(40, 32)  # 40 rows: the second tile is ragged
+    geometry = prepare(hessian, Fit(blocksize=32))
     panel = weight.float().T[geometry.order].contiguous()
     importance = geometry.inverse.diagonal().square().reciprocal().view(-1, 1)
     for wide in (importance, importance.expand(-1, 40).contiguous()):
