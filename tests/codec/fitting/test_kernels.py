@@ -18,11 +18,14 @@ from halfbyte.codec.fitting import kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 POINTERS = {
-    "_search": {**dict.fromkeys(("panel", "importance", "factors", "levels", "midpoints", "out"), "*fp32"),
-                **dict.fromkeys(("n", "stride", "weight_stride", "wide", "count", "refit"), "i32")},
-    "_walk": {**dict.fromkeys(("panel", "other", "table", "inverse"), "*fp32"), "codes": "*u8",
-              "levels": "*fp32", "midpoints": "*fp32", "n": "i32"},
-}  # fmt: skip
+    "_search": {**dict.fromkeys(("panel", "importance", "factors", "grid", "out"), "*fp32"), "n": "i32"},
+    "_walk": {
+        **dict.fromkeys(("panel", "other", "table", "inverse"), "*fp32"),
+        "codes": "*u8",
+        "grid": "*fp32",
+        "n": "i32",
+    },
+}
 
 
 @needs_triton
@@ -45,7 +48,7 @@ def test_in_the_interpreter_the_kernels_do_what_torch_does() -> None:
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("_search", {"size": 64, "tile": 32}),
+        ("_search", {"size": 64, "tile": 32, "wide": 0, "count": 33, "refit": 2}),
         ("_walk", {"size": 64, "tile": 32, "descend": 1}),
         ("_walk", {"size": 32, "tile": 32, "descend": 0}),
     ],
