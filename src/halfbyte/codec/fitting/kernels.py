@@ -14,6 +14,7 @@ the same every time.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -36,6 +37,11 @@ def _grid(device: torch.device) -> torch.Tensor:
     return torch.cat([nf4_levels(), nf4_midpoints()]).to(device)
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def available(tensor: torch.Tensor) -> bool:
     """May these kernels take this tensor?"""
     return triton is not None and tensor.is_cuda
@@ -46,10 +52,11 @@ def search(panel: torch.Tensor, importance: torch.Tensor, tried: list[float], re
     size, n = panel.shape
     out = torch.empty(n, device=panel.device)
     factors = torch.tensor(tried, device=panel.device)
-    _search[(triton.cdiv(n, TILE),)](
-        panel.contiguous(), importance.contiguous(), factors, _grid(panel.device), out, n,
-        wide=importance.shape[1] > 1, count=len(tried), refit=refit, size=size, tile=TILE,
-    )  # fmt: skip
+    with _current(panel.device):
+        _search[(triton.cdiv(n, TILE),)](
+            panel.contiguous(), importance.contiguous(), factors, _grid(panel.device), out, n,
+            wide=importance.shape[1] > 1, count=len(tried), refit=refit, size=size, tile=TILE,
+        )  # fmt: skip
     return out
 
 
@@ -79,9 +86,10 @@ def _launch(
 ) -> None:
     assert all(each.is_contiguous() for each in (panel, other, table, inverse, codes))
     size, n = panel.shape
-    _walk[(triton.cdiv(n, TILE),)](
-        panel, other, table, inverse, codes, _grid(panel.device), n, descend=descend, size=size, tile=TILE
-    )  # fmt: skip
+    with _current(panel.device):
+        _walk[(triton.cdiv(n, TILE),)](
+            panel, other, table, inverse, codes, _grid(panel.device), n, descend=descend, size=size, tile=TILE
+        )
 
 
 if triton is not None:
