@@ -1,4 +1,6 @@
-"""Run by test_kernels in a process of its own with TRITON_INTERPRET=1: the kernels' sources, on a CPU, against plain torch."""
+"""The walks and the search, fast against plain torch. Run by test_kernels for machine code on CPUs, and, in a process of its own
+with TRITON_INTERPRET=1, for the sources of the GPU's kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +8,49 @@ import torch
 from codec.fitting.layers import layer
 
 from halfbyte.codec import Fit, nf4_levels
-from halfbyte.codec.fitting import kernels
-from halfbyte.codec.fitting.compensation import round_panel
-from halfbyte.codec.fitting.descent import _choose_codes
+from halfbyte.codec.fitting import kernels, loops
+from halfbyte.codec.fitting.compensation import compensate_plainly
+from halfbyte.codec.fitting.descent import choose_plainly
 from halfbyte.codec.fitting.hessian import prepare
 from halfbyte.codec.fitting.search import factors, search_plainly
 
-
-def main() -> None:
-    weight, hessian = layer(40, 64)  # 40 rows: the second tile is ragged
-    geometry = prepare(hessian, Fit())
-    panel = weight.float().T[geometry.order].contiguous()
-    importance = geometry.inverse.diagonal().square().reciprocal().view(-1, 1)
-    for wide in (importance, importance.expand(-1, 40).contiguous()):
-        tried = [1.0, *factors(True, 2)]
-        mine, plain = kernels.search(panel, wide, tried, 1), search_plainly(panel, wide, tried, 1)
-        print("scales", float(((mine - plain).abs() <= 1e-5 * plain.abs()).float().mean()))
-    results = []
-    for on in (False, True):
-        kernels.available = lambda _, on=on: on  # type: ignore[assignment]
-        codes = torch.zeros(panel.shape, dtype=torch.uint8)
-        errors = round_panel(panel.clone(), geometry.inverse, plain, codes)
-        chosen = nf4_levels()[codes.int()]
-        gradient = geometry.matrix @ (panel - chosen * plain)
-        better = torch.zeros_like(codes)
-        _choose_codes(gradient, chosen, geometry.matrix, plain, better)
-        results.append((codes, errors, better))
-    (codes, errors, better), (codes2, errors2, better2) = results
-    print("codes", float((codes == codes2).all(dim=0).float().mean()))
-    print("errors", float(torch.isclose(errors, errors2, rtol=1e-3, atol=1e-4).all(dim=0).float().mean()))
-    print("descent", float((better == better2).all(dim=0).float().mean()), "moved", int((better != codes).sum()))
+ROWS = 40  # the second tile and the third sixteen are ragged
 
 
-if __name__ == "__main__":
-    main()
+def walks(triton: bool) -> dict[str, float]:
+    """The share of rows that come out the same by plain torch and by the kernels (or the compiled loops)."""
+    weight, hessian = layer(ROWS, 32)
+    geometry = prepare(hessian, Fit(blocksize=32))
+    scales = weight.float().abs().amax(dim=1)
+    panel = (weight.float().T[geometry.order] / scales).contiguous()
+    table = (geometry.inverse / geometry.inverse.diagonal()[:, None]).contiguous()
+    plain, fast = (torch.zeros(panel.shape, dtype=torch.uint8) for _ in range(2))
+    errors, fast_errors = torch.empty_like(panel), torch.empty_like(panel)
+    compensate_plainly(panel.clone(), table, plain, errors)
+    if triton:
+        kernels.compensate(panel, table, fast, fast_errors)
+    else:
+        loops.walk(panel, fast_errors, table, None, fast)
+    chosen = nf4_levels()[plain.int()]
+    gradient = geometry.matrix @ (panel - chosen)
+    inverse = geometry.matrix.diagonal().reciprocal()
+    better, fast_better = torch.zeros_like(plain), torch.zeros_like(plain)
+    choose_plainly(gradient.clone(), chosen, geometry.matrix.contiguous(), inverse, better)
+    (kernels.walk if triton else loops.walk)(gradient, chosen, geometry.matrix.contiguous(), inverse, fast_better)
+    return {
+        "codes": float((plain == fast).all(dim=0).float().mean()),
+        "errors": float(torch.isclose(errors, fast_errors, rtol=1e-3, atol=1e-4).all(dim=0).float().mean()),
+        "descent": float((better == fast_better).all(dim=0).float().mean()),
+        "moved": float((better != plain).sum()),
+    }
+
+
+def searches() -> dict[str, float]:
+    """The share of scales that the kernel finds as plain torch does, with importances alike and different from block to block."""
+    panel = layer(ROWS, 32)[0].float().T.contiguous()
+    tried = [1.0, *factors(True, 2)]
+    shares = {}
+    for name, importance in (("alike", torch.rand(32, 1)), ("each", torch.rand(32, ROWS))):
+        mine, plain = kernels.search(panel, importance, tried, 1), search_plainly(panel, importance, tried, 1)
+        shares[name] = float(((mine - plain).abs() <= 1e-5 * plain.abs()).float().mean())
+    return shares

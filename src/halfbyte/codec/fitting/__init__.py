@@ -27,7 +27,7 @@ from halfbyte.errors import NonFiniteWeight, ShapeMismatch, UsageError
 __all__ = ["FITTED_BLOCKSIZES", "Fit", "Fitted", "Moments", "fit_error", "fit_weight"]
 
 #: blocks converted to float32 at a time
-_STEP = 1 << 19
+_STEP = 1 << 17
 
 
 def fit_weight(

@@ -59,7 +59,6 @@ def round_panel(panel: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor
     scales   float32 [rows];  codes  uint8 [blocksize, rows], written
     returns  float32 [blocksize, rows], the errors e that later blocks have to make up for
     """
-    levels, midpoints = nf4_levels().to(panel.device), nf4_midpoints().to(panel.device)
     # In units of the row's scale: a step is then a search, a look-up, a difference and a rank-one update.
     panel.mul_(torch.where(scales != 0, 1.0 / scales, 0.0))
     diagonal = inverse.diagonal()
@@ -67,10 +66,20 @@ def round_panel(panel: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor
     errors = torch.empty_like(panel)
     if kernels.available(panel):
         kernels.compensate(panel, shares, codes, errors)
-        return errors.mul_(scales).div_(diagonal[:, None])
+    elif not panel.is_cuda:
+        from halfbyte.codec.fitting import loops
+
+        loops.walk(panel, errors, shares, None, codes)
+    else:
+        compensate_plainly(panel, shares, codes, errors)
+    return errors.mul_(scales).div_(diagonal[:, None])
+
+
+def compensate_plainly(panel: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
+    """The walk in torch: where there is no Triton, and as the definition of the fast paths. In units of the rows' scales."""
+    levels, midpoints = nf4_levels().to(panel.device), nf4_midpoints().to(panel.device)
     for column in range(len(panel)):
         found = torch.bucketize(panel[column], midpoints)
         codes[column] = found
         error = torch.sub(panel[column], levels[found], out=errors[column])
         panel[column + 1 :].addr_(shares[column, column + 1 :], error, alpha=-1)
-    return errors.mul_(scales).div_(diagonal[:, None])

@@ -61,15 +61,26 @@ def _choose_codes(
     gradient: torch.Tensor, chosen: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor
 ) -> None:
     """The best code of each column of a block in turn. gradient, chosen [blocksize, rows] are used up; codes are written."""
-    levels, midpoints = nf4_levels().to(matrix.device), nf4_midpoints().to(matrix.device)
     gradient.mul_(torch.where(scales != 0, 1.0 / scales, 0.0))
-    inverse = matrix.diagonal().reciprocal()
+    inverse, table = matrix.diagonal().reciprocal(), matrix.contiguous()
     if kernels.available(gradient):
-        kernels.walk(gradient, chosen, matrix.contiguous(), inverse, codes)
-        return
+        kernels.walk(gradient, chosen, table, inverse, codes)
+    elif not gradient.is_cuda:
+        from halfbyte.codec.fitting import loops
+
+        loops.walk(gradient, chosen, table, inverse, codes)
+    else:
+        choose_plainly(gradient, chosen, table, inverse, codes)
+
+
+def choose_plainly(
+    gradient: torch.Tensor, chosen: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """The walk in torch: where there is no Triton, and as the definition of the fast paths. In units of the rows' scales."""
+    levels, midpoints = nf4_levels().to(table.device), nf4_midpoints().to(table.device)
     for column in range(len(codes)):
         target = torch.addcmul(chosen[column], gradient[column], inverse[column])
         found = torch.bucketize(target, midpoints)
         codes[column] = found
         delta = levels[found].sub_(chosen[column])
-        gradient[column + 1 :].addr_(matrix[column, column + 1 :], delta, alpha=-1)
+        gradient[column + 1 :].addr_(table[column, column + 1 :], delta, alpha=-1)

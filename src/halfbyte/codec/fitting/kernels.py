@@ -14,6 +14,9 @@ the same every time.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
 import torch
 
 from halfbyte.codec.codebook import nf4_levels, nf4_midpoints
@@ -28,20 +31,32 @@ except ImportError:  # Windows, CPU-only builds of torch
 TILE = 32
 
 
+@cache
+def _grid(device: torch.device) -> torch.Tensor:
+    """Levels, then midpoints: float32 [31]."""
+    return torch.cat([nf4_levels(), nf4_midpoints()]).to(device)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def available(tensor: torch.Tensor) -> bool:
     """May these kernels take this tensor?"""
     return triton is not None and tensor.is_cuda
 
 
 def search(panel: torch.Tensor, importance: torch.Tensor, tried: list[float], refit: int) -> torch.Tensor:
-    """search.search_plainly. panel float32 [blocksize, n] (rows may be strided), importance float32 [blocksize, 1 or n]."""
+    """search.search_plainly. panel float32 [blocksize, n], importance float32 [blocksize, 1 or n]."""
     size, n = panel.shape
     out = torch.empty(n, device=panel.device)
     factors = torch.tensor(tried, device=panel.device)
-    _search[(triton.cdiv(n, TILE),)](
-        panel, importance, factors, nf4_levels().to(panel.device), nf4_midpoints().to(panel.device), out,
-        n, panel.stride(0), importance.stride(0), int(importance.shape[1] > 1), len(tried), refit, size=size, tile=TILE,
-    )  # fmt: skip
+    with _current(panel.device):
+        _search[(triton.cdiv(n, TILE),)](
+            panel.contiguous(), importance.contiguous(), factors, _grid(panel.device), out, n,
+            wide=importance.shape[1] > 1, count=len(tried), refit=refit, size=size, tile=TILE,
+        )  # fmt: skip
     return out
 
 
@@ -71,22 +86,22 @@ def _launch(
 ) -> None:
     assert all(each.is_contiguous() for each in (panel, other, table, inverse, codes))
     size, n = panel.shape
-    _walk[(triton.cdiv(n, TILE),)](
-        panel, other, table, inverse, codes, nf4_levels().to(panel.device), nf4_midpoints().to(panel.device),
-        n, descend=descend, size=size, tile=TILE,
-    )  # fmt: skip
+    with _current(panel.device):
+        _walk[(triton.cdiv(n, TILE),)](
+            panel, other, table, inverse, codes, _grid(panel.device), n, descend=descend, size=size, tile=TILE
+        )
 
 
 if triton is not None:
 
     @triton.jit
-    def _level(x, levels, midpoints):
+    def _level(x, grid):
         """The level nearest to x and its code."""
         level = tl.full(x.shape, -1.0, tl.float32)
         code = tl.zeros(x.shape, tl.int32)
         for i in tl.static_range(15):
-            above = x > tl.load(midpoints + i)
-            level = tl.where(above, tl.load(levels + i + 1), level)
+            above = x > tl.load(grid + 16 + i)
+            level = tl.where(above, tl.load(grid + i + 1), level)
             code += above.to(tl.int32)
         return level, code
 
@@ -96,24 +111,27 @@ if triton is not None:
 
     @triton.jit
     def _search(
-        panel, importance, factors, levels, midpoints, out,
-        n, stride, weight_stride, wide, count, refit, size: tl.constexpr, tile: tl.constexpr,
+        panel, importance, factors, grid, out, n,
+        wide: tl.constexpr, count: tl.constexpr, refit: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
         column = tl.arange(0, size).to(tl.int64)[:, None]
         here = (row < n)[None, :]
-        x = tl.load(panel + column * stride + row[None, :], mask=here, other=0.0)
-        d = tl.load(importance + column * weight_stride + row[None, :] * wide, mask=here, other=0.0)
+        x = tl.load(panel + column * n + row[None, :], mask=here, other=0.0)
+        if wide:
+            d = tl.load(importance + column * n + row[None, :], mask=here, other=0.0)
+        else:
+            d = tl.load(importance + column)
         largest = tl.max(tl.abs(x), axis=0)
         best = tl.zeros((tile,), tl.float32)
         least = tl.full((tile,), float("inf"), tl.float32)
         for i in range(count + refit):
             scale = tl.load(factors + tl.minimum(i, count - 1)) * largest
             if i >= count:
-                level, _ = _level(x * _invert(best)[None, :], levels, midpoints)
+                level, _ = _level(x * _invert(best)[None, :], grid)
                 below = tl.sum(level * level * d, axis=0)
                 scale = tl.where(below > 0, tl.sum(level * x * d, axis=0) / tl.where(below > 0, below, 1.0), best)
-            level, _ = _level(x * _invert(scale)[None, :], levels, midpoints)
+            level, _ = _level(x * _invert(scale)[None, :], grid)
             error = x - level * scale[None, :]
             total = tl.sum(error * error * d, axis=0)
             best = tl.where(total < least, scale, best)
@@ -122,8 +140,8 @@ if triton is not None:
 
     @triton.jit
     def _walk(
-        panel, other, table, inverse, codes, levels, midpoints,
-        n, descend: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
+        panel, other, table, inverse, codes, grid, n,
+        descend: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
         column = tl.arange(0, size)
@@ -134,10 +152,10 @@ if triton is not None:
             to = tl.full((), c, tl.int64) * n + row
             if descend:
                 chosen = tl.load(other + to, mask=row < n, other=0.0)
-                level, code = _level(chosen + mine * tl.load(inverse + c), levels, midpoints)
+                level, code = _level(chosen + mine * tl.load(inverse + c), grid)
                 step = level - chosen
             else:
-                level, code = _level(mine, levels, midpoints)
+                level, code = _level(mine, grid)
                 step = mine - level
                 tl.store(other + to, step, mask=row < n)
             tl.store(codes + to, code.to(tl.uint8), mask=row < n)

@@ -1,4 +1,5 @@
-"""The scale search in machine code, for CPUs (numba); the same steps as `search._search_torch`, an eighth to a thirtieth of the time.
+"""The inner loops of a fit in machine code, for CPUs (numba): the search of `search_plainly` at 33 times the speed of torch, and the
+walk from column to column within a block (the same as kernels.py has for GPUs).
 
 Sixteen blocks are worked on side by side, one in each lane of a vector, so that a block's sum stays in its lane and is taken in one order,
 whatever the vector width: the same bytes on every CPU. A level is found by 15 compare-and-select, which needs no table.
@@ -15,10 +16,14 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 
 from halfbyte.codec.codebook import NF4_LEVELS, nf4_midpoints
+from halfbyte.codec.workers import for_each_step
 
 LANES = 16
+#: rows a thread walks at a time
+ROWS_PER_STEP = 512
 _compiling = threading.Lock()
 _L = tuple(np.float32(level) for level in NF4_LEVELS)
 _M = tuple(np.float32(middle) for middle in nf4_midpoints().tolist())
@@ -100,16 +105,72 @@ def _search(panel, importance, factors, refit, out):
             out[first + lane] = best[lane]
 
 
+@numba.njit(inline="always", error_model="numpy")
+def _code(x):
+    low = np.int32((x > _M[0]) + (x > _M[1]) + (x > _M[2]) + (x > _M[3]) + (x > _M[4]))
+    low = np.int32(low + (x > _M[5]) + (x > _M[6]) + (x > _M[7]) + (x > _M[8]) + (x > _M[9]))
+    return np.int32(low + (x > _M[10]) + (x > _M[11]) + (x > _M[12]) + (x > _M[13]) + (x > _M[14]))
+
+
+def _walk(panel, other, table, inverse, codes, begin, end):
+    """Rows begin to end of kernels._walk; descent if `inverse` has entries, else compensation, which writes errors to `other`."""
+    size = panel.shape[0]
+    descend = inverse.size > 0
+    x, step = np.empty((size, LANES), np.float32), np.empty(LANES, np.float32)
+    zero = np.float32(0.0)
+    for first in range(begin, end, LANES):
+        used = min(LANES, end - first)
+        for i in range(size):
+            for lane in range(LANES):
+                x[i, lane] = panel[i, first + lane] if lane < used else zero
+        for column in range(size):
+            for lane in range(used):
+                if descend:
+                    chosen = other[column, first + lane]
+                    target = chosen + x[column, lane] * inverse[column]
+                    step[lane] = _nearest(target) - chosen
+                else:
+                    target = x[column, lane]
+                    step[lane] = target - _nearest(target)
+                    other[column, first + lane] = step[lane]
+                codes[column, first + lane] = _code(target)
+            for k in range(column + 1, size):
+                share = table[column, k]
+                for lane in range(LANES):
+                    x[k, lane] -= share * step[lane]
+
+
+def walk(
+    panel: torch.Tensor, other: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor | None, codes: torch.Tensor
+) -> None:
+    """kernels.walk (with `inverse`) or kernels.compensate (without), on the CPU. Tensors are contiguous."""
+    loop = compiled(_walk)
+    entries = torch.empty(0) if inverse is None else inverse
+    given = [each.numpy() for each in (panel, other, table, entries, codes)]
+    for_each_step(lambda begin, end: loop(*given, begin, end), panel.shape[1], ROWS_PER_STEP, torch.get_num_threads())
+
+
+_SIGNATURES = {
+    _search: "void(float32[:,::1], float32[:,::1], float32[::1], int64, float32[::1])",
+    _walk: "void(float32[:,::1], float32[:,::1], float32[:,::1], float32[::1], uint8[:,::1], int64, int64)",
+}
+
+
 def compiled_search() -> Callable[..., Any]:
-    """`_search` as machine code: from numba's cache on disk, or made now (some seconds)."""
+    """`_search` as machine code."""
+    return compiled(_search)
+
+
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Machine code of a loop: from numba's cache on disk, or made now (some seconds)."""
     with _compiling:
-        return _compile()
+        return _compile(loop)
 
 
 @cache
-def _compile() -> Callable[..., Any]:
-    signature = "void(float32[:,::1], float32[:,::1], float32[::1], int64, float32[::1])"
+def _compile(loop: Callable[..., Any]) -> Callable[..., Any]:
+    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(_search)  # type: ignore[no-any-return]
+        return numba.njit(_SIGNATURES[loop], cache=True, **options)(loop)  # type: ignore[no-any-return]
     except (RuntimeError, OSError):  # no folder to cache in, or the disk is full
-        return numba.njit(signature, nogil=True, error_model="numpy")(_search)  # type: ignore[no-any-return]
+        return numba.njit(_SIGNATURES[loop], cache=False, **options)(loop)  # type: ignore[no-any-return]

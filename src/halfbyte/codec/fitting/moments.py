@@ -17,8 +17,8 @@ import torch
 from halfbyte.codec.tensors import NF4Tensor
 from halfbyte.errors import NonFiniteWeight, ShapeMismatch, UsageError
 
-#: rows of a weight in hand at a time where an error is measured
-_ROWS = 1024
+#: rows of a weight, and columns of a Hessian, in hand at a time where an error is measured (float64)
+_ROWS, _COLUMNS = 1024, 2048
 
 
 class Moments:
@@ -89,16 +89,20 @@ def fit_error(
     for begin in range(0, rows, _ROWS):
         part = weight[begin : begin + _ROWS].detach().double()
         error = part - restored[begin : begin + _ROWS].to(part.device)
-        lost += _energy(error, hessian, mean_squares)
-        total += _energy(part, hessian, mean_squares)
+        energies = _energies(torch.stack([error, part]), hessian, mean_squares)
+        lost, total = lost + energies[0], total + energies[1]
     return lost / total if total else 0.0
 
 
-def _energy(rows: torch.Tensor, hessian: torch.Tensor | None, mean_squares: torch.Tensor | None) -> float:
-    if hessian is not None:
-        pushed = rows @ hessian.to(rows.device, torch.float64)
-    elif mean_squares is not None:
-        pushed = rows * mean_squares.to(rows.device, torch.float64)
-    else:
-        pushed = rows
-    return float((pushed * rows).sum())
+def _energies(pair: torch.Tensor, hessian: torch.Tensor | None, mean_squares: torch.Tensor | None) -> list[float]:
+    """sum of r H r^T over the rows of each of two matrices, float64 [2, rows, columns]; H is widened a slice at a time."""
+    if hessian is None:
+        squares = pair.square()
+        if mean_squares is not None:
+            squares *= mean_squares.to(pair.device, torch.float64)
+        return squares.sum(dim=(1, 2)).tolist()  # type: ignore[no-any-return]
+    sums = torch.zeros(2, dtype=torch.float64, device=pair.device)
+    for begin in range(0, pair.shape[2], _COLUMNS):
+        here = slice(begin, begin + _COLUMNS)
+        sums += ((pair @ hessian[:, here].to(pair.device, torch.float64)) * pair[:, :, here]).sum(dim=(1, 2))
+    return sums.tolist()  # type: ignore[no-any-return]
