@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.text.generated import figures
 from halfbyte.cli.text.options import JSON_OPTION
 from halfbyte.cli.text.show import print_json
 
@@ -63,17 +64,6 @@ def command(
     if json:
         print_json(result)
         return
-    rate = f"{result['tokens_per_second']} tokens/s" if result["tokens_per_second"] else "one token"
-    memory = result["peak_gpu_bytes"] or result["peak_rss_bytes"]
-    kind = "GPU" if result["peak_gpu_bytes"] else "RAM"
     typer.echo("")
-    typer.echo(
-        f"{result['new_tokens']} tokens, first after {result['seconds_to_first_token']:.2f} s, then {rate}; "
-        f"peak {kind} {memory / 2**30:.2f} GiB",
-        err=True,
-    )
-    by = result["decoded_by"]
-    typer.echo(f"decoded by {by['name']}" + (f" ({by['why']})" if by["why"] else ""), err=True)
-    if result["speculation"]:
-        typer.echo(f"guesses kept: {100 * (result['speculation']['acceptance'] or 0):.0f} %", err=True)
-    typer.echo(result["linears_summary"], err=True)
+    for line in figures(result):
+        typer.echo(line, err=True)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from halfbyte.runtime.decode.loop import Decoder
 
-#: options of transformers' `generate`, by its names
+#: options of transformers' `generate`, by its names, and of our loop: `speculate`
 GENERATION_OPTIONS = (
-    "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+    "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "speculate",
 )  # fmt: skip
 MAX_NEW_TOKENS = 256
 #: caches of our loop come in steps of so many tokens, so that the next answer fits too
@@ -42,7 +42,6 @@ def generate(
     image: Sequence[str | Path] = (),
     device: str = "auto",
     fast: bool | None = None,
-    speculate: int = 0,
     stream: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -53,9 +52,9 @@ def generate(
     device      `auto` (a GPU if there is one), `cpu`, `cuda[:N]`
     fast        our linears: True wherever possible, False nowhere, None where they are measured to be faster (`halfbyte.load`);
                 our decode loop: True always, False never, None on a GPU
-    speculate   tokens to guess ahead from what the text already said, 0 to 15; the text is the same; our loop only
     stream      called with each piece of text as it is decoded
-    options     any of GENERATION_OPTIONS; greedy unless do_sample or a sampling option is given
+    options     any of GENERATION_OPTIONS; greedy unless do_sample or a sampling option is given; speculate: tokens to guess ahead
+                from what the text already said, 0 to 15: the text is the same, and only our loop does it
     raises      UsageError (unknown option, image for a text model), SourceError (not a checkpoint)
     """
     unknown = options.keys() - set(GENERATION_OPTIONS)
@@ -63,7 +62,7 @@ def generate(
         raise UsageError(f"unknown option {min(unknown)!r}", todo=f"known: {', '.join(GENERATION_OPTIONS)}")
     images = [open_image(path) for path in image]
     chat = Chat(Path(checkpoint), device, fast)
-    return chat.answer(prompt, images, stream, options, speculate)
+    return chat.answer(prompt, images, stream, options)
 
 
 class Chat:
@@ -118,12 +117,11 @@ class Chat:
         images: Sequence[Image],
         stream: Callable[[str], None] | None,
         options: dict[str, Any],
-        speculate: int = 0,
     ) -> dict[str, Any]:
         """One answer and what it took; see `generate`."""
         import torch
 
-        settings = generation_settings(options)
+        settings, speculate = generation_settings(options), options.get("speculate") or 0
         inputs = self.inputs(prompt, images)
         length = inputs["input_ids"].shape[1]
         decoder, why = self._loop_for(length + settings["max_new_tokens"])
@@ -205,7 +203,7 @@ def _one(token: int) -> Any:
 
 def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     """transformers' generate arguments: greedy unless a sampling option asks otherwise (its own defaults may sample)."""
-    given = {name: value for name, value in options.items() if value is not None and name != "seed"}
+    given = {name: value for name, value in options.items() if value is not None and name not in ("seed", "speculate")}
     given.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     samples = {"temperature", "top_p", "top_k", "min_p"} & given.keys()
     given.setdefault("do_sample", bool(samples))
