@@ -65,6 +65,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PROMPT = 16
+#: steps of our loop between two looks of the host
+BLOCK = 8
 
 
 @dataclass
@@ -106,9 +108,9 @@ class Bench:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def rates(self, run: Callable[[int], Any], rows: int) -> list[float]:
+    def rates(self, run: Callable[[int], Any], rows: int, new_tokens: tuple[int, int] | None = None) -> list[float]:
         """Tokens a second of all rows together, for each repeat; run(n) makes n new tokens."""
-        short, long = self.new_tokens
+        short, long = new_tokens or self.new_tokens
         run(short)
         return [
             rows * (long - short) / (self.seconds(lambda: run(long)) - self.seconds(lambda: run(short)))
@@ -262,13 +264,15 @@ def by_decode_loop(bench: Bench, rows: int) -> list[float]:
     except ImportError:
         raise NotMeasured("halfbyte.runtime.decode is not in this checkout") from None
     inputs = bench.prompt(rows)
-    decoder = Decoder(bench.model, rows, PROMPT + bench.new_tokens[1] + 32)
+    # the loop steps once, then BLOCK at a time: other counts would be given steps that they do not use
+    counts = (1 + BLOCK, 1 + BLOCK + BLOCK * -(-bench.new_tokens[1] // BLOCK))
+    decoder = Decoder(bench.model, rows, PROMPT + counts[1] + 32)
 
     def run(count: int) -> None:
-        for _ in decoder.tokens({"input_ids": inputs}, count, stops=()):
+        for _ in decoder.tokens({"input_ids": inputs}, count, stops=(), every=BLOCK):
             pass
 
-    return bench.rates(run, rows)
+    return bench.rates(run, rows, counts)
 
 
 class NotMeasured(Exception):
