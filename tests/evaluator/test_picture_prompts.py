@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from halfbyte import images
 from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.material import gather_material
-from halfbyte.evaluator.vision import prompts
-from halfbyte.evaluator.vision.prompts import open_picture, read_picture_prompts
+from halfbyte.evaluator.vision.prompts import read_picture_prompts
+from halfbyte.images import open_image
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_line_is_a_question_and_its_defaults_are_named(folder: Path) -> None:
         "c1", "colour", "Which?", folder / "red.png", "red",
     )  # fmt: skip
     assert (bare.name, bare.kind, bare.answer) == ("3", "picture", None)
-    assert open_picture(bare.image).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(bare.image).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_file_may_hold_pictures_and_chats_and_each_reader_takes_its_own(folder: Path) -> None:
@@ -73,15 +74,15 @@ def test_a_file_may_hold_pictures_and_chats_and_each_reader_takes_its_own(folder
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"image": "../outside.png"}, "not the plain name"),
-        ({"image": "/etc/passwd"}, "not the plain name"),
-        ({"image": "..\\outside.png"}, "not the plain name"),
-        ({"image": "http://evil.example/x.png"}, "not the plain name"),
-        ({"image": ".."}, "not the plain name"),
-        ({"image": "red.png\0"}, "not the plain name"),
-        ({"image": ""}, "not the plain name"),
-        ({"image": "absent.png"}, "no image 'absent.png'"),
-        ({"image": "link.png"}, "leads elsewhere"),
+        ({"image": "../outside.png"}, "outside its folder|is not the name"),
+        ({"image": "/etc/passwd"}, "outside its folder|is not the name"),
+        ({"image": "..\\outside.png"}, "is not the name of an image"),
+        ({"image": "http://evil.example/x.png"}, "is not the name of an image"),
+        ({"image": ".."}, "outside its folder|is not the name"),
+        ({"image": "red.png\0"}, "is not the name of an image"),
+        ({"image": ""}, "is not the name of an image"),
+        ({"image": "absent.png"}, "no image file 'absent.png'"),
+        ({"image": "link.png"}, "outside its folder"),
         ({"image": "text.png"}, "cannot be read"),
         ({"image": "vast.png"}, "million pixels"),
         ({"image": "bomb.png"}, "cannot be read|million pixels"),
@@ -96,7 +97,7 @@ def test_a_file_may_hold_pictures_and_chats_and_each_reader_takes_its_own(folder
 def test_refusals_name_the_line(
     folder: Path, line: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(images, "MAX_BYTES", 10_000)
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
     (folder / "text.png").write_text("no image")
     (folder / "vast.png").write_bytes(claimed_png(8_000, 7_000))

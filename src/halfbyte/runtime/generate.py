@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import UsageError
+from halfbyte.images import open_image
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
-from halfbyte.runtime.images import open_image
 from halfbyte.runtime.loading.checkpoint import load, pick_device, transformers_errors
 
 if TYPE_CHECKING:

@@ -64,18 +64,18 @@ def test_pictures_are_judged_by_their_header(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     )
-    Image.new("RGB", (5000, 5000)).save(tmp_path / "large.png")
+    Image.new("1", (8000, 7000)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "8.tiff")
     with (tmp_path / "heavy.png").open("wb") as file:
-        file.truncate((16 << 20) + 1)
+        file.truncate((64 << 20) + 1)
     named = {
         "bomb.png": "cannot be read|million",
-        "large.png": "20 million",
+        "large.png": "50 million",
         "text.png": "cannot be read",
         "8.tiff": "cannot be read",
     }
-    for name, message in {**named, "heavy.png": "larger than 16 MiB", "absent.png": "is not there"}.items():
+    for name, message in {**named, "heavy.png": "larger than 64 MiB", "absent.png": "there is no image file"}.items():
         with pytest.raises(SourceError, match=message):
             read_questions(written(tmp_path, {**GOOD, "image": name}))
 

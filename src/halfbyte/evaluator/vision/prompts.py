@@ -5,8 +5,7 @@
 `id` and `kind` may be left out, and so may `answer`: a reference writes its own, a task that marks answers needs one. A line
 without "image" is no question about a picture and is left to the reader of chats (halfbyte.texts.reading), so one file may hold both.
 
-Such files come from strangers. An image is the plain name of a file in the same folder: no path, no address, no link that
-leads out of it. Its header decides before a pixel is decoded, since 10 kB of PNG can claim 10^10 pixels. All of it is
+Such files come from strangers: an image lies in the same folder or below it, and is small by its header (halfbyte.images). All of it is
 checked when the file is read; every refusal names the line.
 """
 
@@ -19,14 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError
+from halfbyte.images import image_beside
 from halfbyte.texts.reading import shows_picture
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_BYTES = 64 << 20
-MAX_PIXELS = 50_000_000
+    pass
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,6 @@ def has_other_lines(path: Path) -> bool:
     return any(not shows_picture(line) for _, line in _lines(path)) or not _lines(path)
 
 
-def open_picture(path: Path) -> Image:
-    """The picture as RGB (of a moving one, the first frame); raises SourceError if it cannot be decoded."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SourceError(f"cannot be decoded ({error})", where=str(path), todo="draw it again") from None
-
-
 def _lines(path: Path) -> Sequence[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,52 +78,7 @@ def _prompt(body: dict[str, Any], folder: Path, where: str, number: str) -> Pict
             raise SourceError(f'its "{key}" is {str(body.get(key))[:80]!r}', where=where, todo="write a string")
     if not body["prompt"].strip():
         raise SourceError("its prompt is empty", where=where, todo="ask something")
-    image = _image(body["image"], folder, where)
+    image = image_beside(folder, body["image"], where)
     return PicturePrompt(
         str(body.get("id", number)), body.get("kind", "picture"), body["prompt"], image, body.get("answer")
     )
-
-
-def _image(name: str, folder: Path, where: str) -> Path:
-    """The file beside the questions; raises SourceError for anything that is not a plain name of a sound, small image."""
-    shown = repr(name[:120])
-    if not name or name.startswith(".") or any(mark in name for mark in "/\\\0:") or len(name) > 255:
-        raise SourceError(
-            f"image {shown} is not the plain name of a file", where=where, todo="put the image beside the questions"
-        )
-    path = folder / name
-    if not path.is_file():
-        raise SourceError(
-            f"there is no image {shown} beside it", where=where, todo="put the image beside the questions"
-        )
-    if path.resolve().parent != folder.resolve():
-        raise SourceError(
-            f"image {shown} is a link that leads elsewhere", where=where, todo="put the file itself there"
-        )
-    if path.stat().st_size > MAX_BYTES:
-        raise SourceError(f"image {shown} is larger than {MAX_BYTES >> 20} MiB", where=where, todo="make it smaller")
-    width, height = _size(path, where)
-    if width * height > MAX_PIXELS:
-        raise SourceError(
-            f"image {shown} of {width} x {height} exceeds {MAX_PIXELS // 10**6} million pixels",
-            where=where,
-            todo="scale it down",
-        )
-    return path
-
-
-def _size(path: Path, where: str) -> tuple[int, int]:
-    """Width and height that the header claims; pixels are not decoded."""
-    import warnings
-
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the lower one
-            with Image.open(path, formats=FORMATS) as image:
-                return image.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SourceError(
-            f"image {path.name[:120]!r} cannot be read ({error})", where=where, todo=f"use one of {', '.join(FORMATS)}"
-        ) from None

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, SourceError, UsageError
-from halfbyte.evaluator.vision.prompts import PicturePrompt, open_picture
+from halfbyte.evaluator.vision.prompts import PicturePrompt
 from halfbyte.format.shards import hash_file
+from halfbyte.images import open_image
 from halfbyte.layers.rows import Batch, Rows
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
@@ -140,7 +141,7 @@ def look(processor: Any, prompts: Sequence[PicturePrompt]) -> list[Seen]:
 def _look(processor: Any, prompt: PicturePrompt) -> Seen:
     content = [{"type": "image"}, {"type": "text", "text": prompt.prompt}]
     turn = [{"role": "user", "content": content}]
-    image = open_picture(prompt.image)
+    image = open_image(prompt.image)
     try:
         text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         # the template has written <bos> where the model wants one: the tokenizer must not add a second
