@@ -96,12 +96,13 @@ class _Workspace:
 
     def ensure(self, floats: int, counters: int, device: torch.device) -> None:
         """At least so many."""
-        if self.partial.numel() < floats:
-            self.partial = torch.empty(floats, dtype=torch.float32, device=device)
-            self.kept.append(self.partial)
-        if self.counters.numel() < counters:
-            self.counters = torch.zeros(max(counters, 8192), dtype=torch.int32, device=device)
-            self.kept.append(self.counters)
+        with torch.inference_mode(False):  # they live on: nobody may be kept from writing into them later
+            if self.partial.numel() < floats:
+                self.partial = torch.empty(floats, dtype=torch.float32, device=device)
+                self.kept.append(self.partial)
+            if self.counters.numel() < counters:
+                self.counters = torch.zeros(max(counters, 8192), dtype=torch.int32, device=device)
+                self.kept.append(self.counters)
 
 
 _workspaces: dict[tuple[int, int], _Workspace] = {}
