@@ -15,7 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_docs.py")  # the longest file first, or a worker ends alone with it
+    # the longest file first, or a worker ends alone with it
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
