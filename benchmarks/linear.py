@@ -36,7 +36,7 @@ from runtime.stored_weights import dense, drawn
 from halfbyte.runtime.kernels import build, driver, launch, variants
 from halfbyte.runtime.kernels.variants import Variant
 from halfbyte.runtime.linear.module import Nf4Linear
-from halfbyte.runtime.linear.weight import Nf4Weight
+from halfbyte.runtime.loading.timing import replay_seconds
 
 #: name -> rows of the parts, columns: what shares its input is one linear
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
@@ -94,9 +94,7 @@ class Weights:
         self.count = max(2, -(-4 * cache_bytes // self.bytes))
         stored = first.to_stored()
         self.exact = dense(stored)
-        names = ("tiles", "codes", "nested", "groups", "maps")
-        copies = [{name: getattr(first, name).clone() for name in names} for _ in range(self.count - 1)]
-        self.ours = [first] + [replace(first, **copy) for copy in copies]
+        self.ours = first.copies(self.count)
         self.modules = [Nf4Linear(weight) for weight in self.ours]
         self.plain = [self.exact.to(torch.bfloat16) for _ in range(max(2, -(-2 * cache_bytes // (4 * self.bytes))))]
         self.theirs = self._theirs([part.to_dict() for part in stored])
@@ -116,10 +114,6 @@ class Weights:
         return copies
 
 
-def tensors_of(weight: Nf4Weight) -> launch.Tensors:
-    return launch.Tensors(weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
-
-
 def contenders(weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]) -> dict[str, Job]:
     """Name -> call. Variants only where a launch takes all rows of x."""
     jobs: dict[str, Job] = {
@@ -130,7 +124,7 @@ def contenders(weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]) ->
 
         jobs["bitsandbytes"] = lambda i: [matmul_4bit(x, *part) for part in weights.theirs[i % weights.count]]
     jobs["ours"] = lambda i: weights.modules[i % weights.count](x)
-    ours = [tensors_of(weight) for weight in weights.ours]
+    ours = [weight.tensors for weight in weights.ours]
     for name, variant in fitting_variants(x.shape[0], weights.columns // 64, tried).items():
         jobs[name] = lambda i, variant=variant: launch.linear(x, ours[i % weights.count], variant)
     return jobs
@@ -149,27 +143,6 @@ def fitting_variants(m: int, k_blocks: int, tried: tuple[Variant, ...]) -> dict[
         if chosen.shared_bytes(m, -(-k_blocks // slices)) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth} alu{chosen.alu_words} t{chosen.table_stride} s{slices}"
             found[name + (f" early{chosen.resident} p{chosen.prefetch}" if chosen.early else "")] = chosen
-    return found
-
-
-def seconds_a_call(job: Job, replays: int) -> list[float]:
-    """Seconds of a call in each replay of a graph of CALLS calls."""
-    for i in range(3):
-        job(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            job(i)
-    graph.replay()
-    found = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / CALLS)
     return found
 
 
@@ -214,7 +187,7 @@ def measure(contest: Contest, weights: Weights, x: torch.Tensor, ceiling: float,
             row["relative_error"] = wrong
             if not wrong < WRONG:
                 raise ArithmeticError(f"WRONG: relative error {wrong:.3g}")
-            times = seconds_a_call(job, replays)
+            times = replay_seconds(job, CALLS, replays)
         except Exception as error:  # one contender must not end the run
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             print(f"{contest.shape:9}{contest.m:6}  {name:34} {row['failed']}")

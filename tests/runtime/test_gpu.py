@@ -43,16 +43,12 @@ def few_weights():
         torch.cuda.empty_cache()
 
 
-def tensors_of(weight: Nf4Weight) -> launch.Tensors:
-    return launch.Tensors(weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
-
-
 def run(x: torch.Tensor, weight: Nf4Weight, variant: Variant | None) -> torch.Tensor:
     """A launch into NaN, with NaN where parts wait."""
     for space in launch._workspaces.values():
         space.partial.fill_(torch.nan)
     out = torch.full((x.shape[0], weight.rows), torch.nan, dtype=torch.bfloat16, device="cuda")
-    launch.linear(x, tensors_of(weight), variant, out)
+    launch.linear(x, weight.tensors, variant, out)
     assert all(int(space.counters.abs().sum()) == 0 for space in launch._workspaces.values())
     return out
 
@@ -118,8 +114,8 @@ def test_look_up_and_permutes_give_the_same_bits():
 def test_dequantizing_gives_the_codecs_bits(shape):
     weight, _ = weight_of(*shape)
     out = torch.full((weight.rows, weight.columns), torch.nan, dtype=torch.bfloat16, device="cuda")
-    launch.dequantize(tensors_of(weight), out)
-    expected = reference.dequantize(weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps)
+    launch.dequantize(weight.tensors, out)
+    expected = reference.dequantize(weight.tensors)
     assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
 
 

@@ -22,6 +22,7 @@ from runtime.test_emulation import table_levels
 from halfbyte.codec import nf4_levels
 from halfbyte.runtime.kernels import build, launch, levels
 from halfbyte.runtime.kernels.partition import Partition
+from halfbyte.runtime.kernels.tensors import NAMES, Tensors
 from halfbyte.runtime.kernels.variants import Variant
 from halfbyte.runtime.linear import reference
 from halfbyte.runtime.linear.weight import weight_from
@@ -94,7 +95,7 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     variant, parts, columns, m, slices, blocks = case
     stored = [draw(rows, columns, seed, 64 // variant.subs) for seed, rows in enumerate(parts)]
     made = weight_from(stored)
-    weight = launch.Tensors(*[aligned(t) for t in (made.tiles, made.codes, made.nested, made.groups, made.maps)])
+    weight = Tensors(*[aligned(getattr(made, name)) for name in NAMES])
     partition = Partition.over(weight.groups.shape[0], weight.k_blocks, slices, blocks, variant.warps)
     parts_of = partition.parts_of()
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
@@ -118,7 +119,7 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
 @pytest.mark.parametrize(("parts", "blocksize"), [((64, 32), 64), ((48,), 32)])
 def test_the_source_of_dequantize_gives_the_codecs_bits(parts, blocksize, folder):
     made = weight_from([draw(rows, 192, seed, blocksize) for seed, rows in enumerate(parts)])
-    weight = launch.Tensors(*[aligned(t) for t in (made.tiles, made.codes, made.nested, made.groups, made.maps)])
+    weight = Tensors(*[aligned(getattr(made, name)) for name in NAMES])
     out = aligned(torch.full((weight.rows, weight.columns), torch.nan, dtype=torch.bfloat16))
     arguments = launch._DequantizeArguments(
         **weight.pointers(), levels=nf4_levels().data_ptr(), out=out.data_ptr(), row_groups=weight.groups.shape[0],
@@ -126,5 +127,5 @@ def test_the_source_of_dequantize_gives_the_codecs_bits(parts, blocksize, folder
     )  # fmt: skip
     defines = (f"-DROW_TILES={weight.row_tiles}", f"-DSUBS={weight.subs}")
     library("nf4_dequantize", defines, folder).run(ctypes.byref(arguments), 1, 0, ranges_of(out, out, out))
-    expected = reference.dequantize(made.tiles, made.codes, made.nested, made.groups, made.maps)
+    expected = reference.dequantize(made.tensors)
     assert np.array_equal(out.view(torch.int16).numpy(), expected.view(torch.int16).numpy())

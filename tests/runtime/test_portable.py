@@ -13,15 +13,10 @@ import torch
 from runtime.stored_weights import dense, drawn
 
 from halfbyte.runtime.linear import portable
-from halfbyte.runtime.linear.weight import Nf4Weight
 
 pytestmark = pytest.mark.skipif(portable.triton is None, reason="Triton is not installed")
 
 CASES = [((64, 32), 192, 64, 3), ((48, 16), 128, 64, 16), ((64,), 192, 32, 1)]
-
-
-def arguments(weight: Nf4Weight) -> tuple[torch.Tensor, ...]:
-    return weight.tiles, weight.codes, weight.nested, weight.groups, weight.maps
 
 
 def check(device: str) -> None:
@@ -29,7 +24,7 @@ def check(device: str) -> None:
         weight = drawn(parts, columns, blocksize, device)
         x = torch.randn(m, columns, device=device)
         expected = x.double() @ dense(weight.to_stored()).T
-        torch.testing.assert_close(portable.linear(x, *arguments(weight)).double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(portable.linear(x, weight.tensors).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.timeout(120)
@@ -76,5 +71,5 @@ def test_on_a_gpu_it_multiplies_a_large_weight_in_every_dtype(dtype):
     weight = drawn((5376,), 2560, device="cuda")
     x = torch.randn(7, 2560, device="cuda").to(dtype)
     truth = x.double() @ dense(weight.to_stored()).T
-    found = portable.linear(x, *arguments(weight)).double()
+    found = portable.linear(x, weight.tensors).double()
     assert float((found - truth).norm() / truth.norm()) < {torch.float32: 1e-5, torch.float16: 4e-4}.get(dtype, 2.5e-3)

@@ -10,7 +10,6 @@ The catch: a graph's buffers are shared by all graphs of a device, so two graphs
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -20,16 +19,15 @@ from halfbyte.codec import nf4_levels
 from halfbyte.errors import UsageError
 from halfbyte.runtime.kernels import driver, levels, variants
 from halfbyte.runtime.kernels.partition import Partition
+from halfbyte.runtime.kernels.tensors import POINTERS, Tensors
 from halfbyte.runtime.kernels.variants import Variant
-
-_POINTERS = ("weight", "codes", "nested", "groups", "maps")
 
 
 class _LinearArguments(ctypes.Structure):
     """`Params` of nf4_linear.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, "table", "x", "y", "partial", "counters", "parts_of")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "parts_of")),
         *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "slices", "slice_warps", "maps_count")),
         ("reserved", ctypes.c_uint32),
         ("unit", ctypes.c_float),
@@ -40,51 +38,10 @@ class _DequantizeArguments(ctypes.Structure):
     """`Params` of nf4_dequantize.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, "levels", "out")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "levels", "out")),
         ("row_groups", ctypes.c_uint32),
         ("k_blocks", ctypes.c_uint32),
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Tensors:
-    """A weight's tensors on one GPU, with the sizes they imply (halfbyte.runtime.linear.weight)."""
-
-    tiles: torch.Tensor
-    codes: torch.Tensor
-    nested: torch.Tensor
-    groups: torch.Tensor
-    maps: torch.Tensor
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.tiles.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """K."""
-        return 2 * self.tiles.shape[1]
-
-    @property
-    def row_tiles(self) -> int:
-        """Tiles of 16 rows in a row group."""
-        return self.rows // 16 // self.groups.shape[0]
-
-    @property
-    def subs(self) -> int:
-        """Scales of a row in 64 columns."""
-        return self.codes.numel() * 64 // (self.rows * self.columns)
-
-    @property
-    def k_blocks(self) -> int:
-        """Blocks of 64 columns."""
-        return self.columns // 64
-
-    def pointers(self) -> dict[str, int]:
-        """Addresses, under the names of the kernels' arguments."""
-        tensors = (self.tiles, self.codes, self.nested, self.groups, self.maps)
-        return {name: tensor.data_ptr() for name, tensor in zip(_POINTERS, tensors, strict=True)}
 
 
 class _Workspace:

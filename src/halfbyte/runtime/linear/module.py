@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import UsageError
+from halfbyte.runtime.kernels.tensors import NAMES
 from halfbyte.runtime.linear import op
 from halfbyte.runtime.linear.table import DEFAULT
 from halfbyte.runtime.linear.tensors import read_stored, stored_of_linear
@@ -45,7 +46,7 @@ class Nf4Linear(torch.nn.Module):
 
     def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        for name in ("tiles", "codes", "nested", "groups", "maps"):
+        for name in NAMES:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.paths = DEFAULT

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
 
 import torch
 
 from halfbyte.errors import ShapeMismatch, UsageError
 from halfbyte.runtime.kernels.build import NoCompiler
+from halfbyte.runtime.kernels.tensors import Tensors
 from halfbyte.runtime.linear import portable, reference, table
 
 
@@ -40,9 +40,10 @@ def nf4_linear(
     paths   which path for how many rows, on a GPU (halfbyte.runtime.linear.table)
     raises  ShapeMismatch if x has not the weight's columns, UsageError if `paths` is no table
     """
-    check_columns(x, tiles, codes, groups)
+    weight = Tensors(tiles, codes, nested, groups, maps)
+    check_columns(x, weight)
     table.steps(paths)
-    return reference.linear(x, tiles, codes, nested, groups, maps)
+    return reference.linear(x, weight)
 
 
 @nf4_linear.register_fake
@@ -77,29 +78,23 @@ def _(
     maps: torch.Tensor,
     paths: str = table.DEFAULT,
 ) -> torch.Tensor:
-    check_columns(x, tiles, codes, groups)
+    weight = Tensors(tiles, codes, nested, groups, maps)
+    check_columns(x, weight)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     reason = "x is not bf16" if x.dtype != torch.bfloat16 else why_no_kernel(x.device)
     path = table.path_for(paths, flat.shape[0])
     if reason is None and path != "triton":
-        y = _by_kernel(flat, launch_tensors(tiles, codes, nested, groups, maps), path)
+        y = _by_kernel(flat, weight, path)
     else:
         if x.dtype == torch.bfloat16 and reason is not None:
             _warn_once(reason)
         with torch.cuda.device(x.device):
-            y = (portable if portable.takes(flat) else reference).linear(flat, tiles, codes, nested, groups, maps)
-    return y.view(*x.shape[:-1], tiles.shape[0])
+            y = (portable if portable.takes(flat) else reference).linear(flat, weight)
+    return y.view(*x.shape[:-1], weight.rows)
 
 
-def launch_tensors(*tensors: torch.Tensor) -> Any:
-    """The weight as the kernels take it; imported late, since most machines have no GPU."""
-    from halfbyte.runtime.kernels import launch
-
-    return launch.Tensors(*tensors)
-
-
-def _by_kernel(flat: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
-    from halfbyte.runtime.kernels import launch
+def _by_kernel(flat: torch.Tensor, weight: Tensors, path: str) -> torch.Tensor:
+    from halfbyte.runtime.kernels import launch  # late: most machines have no GPU
 
     if flat.data_ptr() % 16:
         flat = flat.clone()
@@ -117,15 +112,16 @@ def _by_kernel(flat: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
     return y
 
 
-def check_columns(x: torch.Tensor, tiles: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor) -> None:
+def check_columns(x: torch.Tensor, weight: Tensors) -> None:
     """raises ShapeMismatch if the sizes of x and the weight's tensors cannot belong together"""
-    if x.dim() and x.shape[-1] == 2 * tiles.shape[1] and x.shape[-1] % 64 == 0 and len(groups):
-        rows, columns, row_tiles, subs = reference.sizes(tiles, codes, groups)
-        fits = rows == groups.shape[0] * 16 * row_tiles and codes.numel() * 64 == rows * columns * subs
+    if x.dim() and x.shape[-1] == weight.columns and x.shape[-1] % 64 == 0 and len(weight.groups):
+        rows, columns, row_tiles, subs = weight.rows, weight.columns, weight.row_tiles, weight.subs
+        fits = rows == weight.groups.shape[0] * 16 * row_tiles and weight.codes.numel() * 64 == rows * columns * subs
         if fits and row_tiles in (1, 2) and subs in (1, 2):
             return
-    shape = [tiles.shape[0], 2 * tiles.shape[1]]
-    raise ShapeMismatch(f"x of {list(x.shape)} does not fit a weight {shape}", where="nf4_linear")
+    raise ShapeMismatch(
+        f"x of {list(x.shape)} does not fit a weight {[weight.rows, weight.columns]}", where="nf4_linear"
+    )
 
 
 @cache

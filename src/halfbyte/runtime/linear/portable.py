@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.codec import nf4_levels
-from halfbyte.runtime.linear import reference
+from halfbyte.runtime.kernels.tensors import Tensors
 
 try:
     import triton
@@ -31,21 +31,14 @@ def takes(x: torch.Tensor) -> bool:
     return triton is not None and 1 <= x.shape[0] <= MOST_ROWS
 
 
-def linear(
-    x: torch.Tensor,
-    tiles: torch.Tensor,
-    codes: torch.Tensor,
-    nested: torch.Tensor,
-    groups: torch.Tensor,
-    maps: torch.Tensor,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Tensors) -> torch.Tensor:
     """x [m, columns], contiguous, 1 <= m <= MOST_ROWS -> [m, rows], in x's dtype."""
-    rows, columns, row_tiles, subs = reference.sizes(tiles, codes, groups)
-    tables = torch.cat([maps.reshape(-1), nf4_levels().to(x.device)])
-    y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
-    _multiply[(groups.shape[0],)](
-        x, tiles, codes, nested, groups, tables, y,
-        m=x.shape[0], n=rows, k_blocks=columns // 64, row_tiles=row_tiles, subs=subs, levels_at=maps.numel(),
+    tables = torch.cat([weight.maps.reshape(-1), nf4_levels().to(x.device)])
+    y = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+    _multiply[(weight.groups.shape[0],)](
+        x, weight.tiles, weight.codes, weight.nested, weight.groups, tables, y,
+        m=x.shape[0], n=weight.rows, k_blocks=weight.k_blocks, row_tiles=weight.row_tiles, subs=weight.subs,
+        levels_at=weight.maps.numel(),
     )  # fmt: skip
     return y
 

@@ -19,6 +19,7 @@ import torch
 
 from halfbyte.codec import NESTED_BLOCKSIZE
 from halfbyte.errors import ShapeMismatch, UsageError
+from halfbyte.runtime.kernels.tensors import NAMES, Tensors
 from halfbyte.runtime.linear import layout
 from halfbyte.runtime.linear.tensors import StoredWeight
 
@@ -57,8 +58,18 @@ class Nf4Weight:
 
     def to(self, device: torch.device | str) -> Nf4Weight:
         """The same on another device."""
-        names = ("tiles", "codes", "nested", "groups", "maps")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device) for name in NAMES})
+
+    def copies(self, count: int) -> list[Nf4Weight]:
+        """This one and `count` - 1 more in memory of their own: for timing, so that none is still in the L2 cache."""
+        return [self] + [
+            replace(self, **{name: getattr(self, name).clone() for name in NAMES}) for _ in range(count - 1)
+        ]
+
+    @property
+    def tensors(self) -> Tensors:
+        """Without what only the way back needs."""
+        return Tensors(self.tiles, self.codes, self.nested, self.groups, self.maps)
 
     def part(self, index: int) -> Nf4Weight:
         """One part of the stack, ready to multiply with: views, nothing is copied."""

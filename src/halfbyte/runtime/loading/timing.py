@@ -16,7 +16,6 @@ import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.runtime.kernels.build import cache_folder
 from halfbyte.runtime.linear import op
 from halfbyte.runtime.linear.module import Nf4Linear, nf4_linear
-from halfbyte.runtime.linear.op import launch_tensors
 from halfbyte.runtime.linear.table import INVARIANT_ROWS
 from halfbyte.runtime.linear.weight import Nf4Weight
 from halfbyte.runtime.loading.choice import ROWS, Times
@@ -102,7 +100,7 @@ def time_paths(theirs: Sequence[Any], ours: Nf4Linear) -> Times:
 
 def jobs_of(theirs: Sequence[Any], ours: Nf4Linear, count: int, kernel: bool) -> Iterator[tuple[int, dict[str, Job]]]:
     """For each of ROWS the calls to time, bitsandbytes' first: with `count` copies of either weight, and x at random."""
-    mine, stock = _our_copies(ours.weight, count), _their_copies(theirs, count)
+    mine, stock = ours.weight.copies(count), _their_copies(theirs, count)
     for m in ROWS:
         x = torch.randn(m, ours.in_features, device=ours.tiles.device, dtype=torch.bfloat16)
         yield m, {THEIRS: _their_job(x, stock)} | {path: _our_job(x, mine, path) for path in paths_at(m, kernel)}
@@ -112,7 +110,7 @@ def compile_ahead(ours: Nf4Linear) -> None:
     """Compile what will be timed, several at once: one after another it would take longer than all the timing."""
     from halfbyte.runtime.kernels import build, driver, variants
 
-    weight = launch_tensors(ours.tiles, ours.codes, ours.nested, ours.groups, ours.maps)
+    weight = ours.weight.tensors
     device = driver.device_of(ours.tiles.device.index or 0)
     wanted = {
         variants.default_variant(min(m, variants.MOST_ROWS), weight.row_tiles, weight.subs, weight.k_blocks, device)
@@ -143,30 +141,28 @@ def time_jobs(jobs: dict[str, Job], clock: Callable[[Job], float]) -> dict[str, 
 
 def seconds_a_call(job: Job) -> float:
     """Median over replays of a graph of CALLS calls."""
+    return float(statistics.median(replay_seconds(job, CALLS, REPLAYS)))
+
+
+def replay_seconds(job: Callable[[int], object], calls: int, replays: int) -> list[float]:
+    """Seconds of a call in each replay of a graph of `calls` calls, job(0) to job(calls - 1)."""
     for i in range(3):
         job(i)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(CALLS):
+        for i in range(calls):
             job(i)
     graph.replay()
     found = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / CALLS)
-    return float(statistics.median(found))
-
-
-def _our_copies(weight: Nf4Weight, count: int) -> list[Nf4Weight]:
-    names = ("tiles", "codes", "nested", "groups", "maps")
-    return [weight] + [
-        replace(weight, **{name: getattr(weight, name).clone() for name in names}) for _ in range(count - 1)
-    ]
+        found.append(start.elapsed_time(end) / 1e3 / calls)
+    return found
 
 
 def _their_copies(linears: Sequence[Any], count: int) -> list[list[tuple[torch.Tensor, Any]]]:
