@@ -48,9 +48,10 @@ def refuse_seen(bases: Sequence[Base], material: Material, tasks: Sequence[Task]
     raises SourceError too if a candidate's weights are not those that its own record names
     """
     for base in bases:
-        for entry in base.candidates:
-            known = ((method_of(entry) or {}).get("calibration") or {}).get("hashes", ())
-            there = shared_documents(_measured(base, material, tasks), known) if known else []
+        hashes = [((method_of(entry) or {}).get("calibration") or {}).get("hashes", ()) for entry in base.candidates]
+        measured = list(_measured(base, material, tasks)) if any(hashes) else []
+        for entry, known in zip(base.candidates, hashes, strict=True):
+            there = shared_documents(measured, known) if known else []
             if there:
                 more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
                 raise UsageError(
