@@ -134,7 +134,7 @@ class Chat:
         if decoder is None:
             new = self._by_transformers(inputs, settings, options.get("seed"), watch)
         else:
-            new = self._by_loop(decoder, inputs, options, speculate, watch)
+            new = self._by_loop(decoder, inputs, settings | {"seed": options.get("seed")}, speculate, watch)
         seconds = time.perf_counter() - start
         first = watch.first - start if watch.first is not None else seconds
         rest = len(new) - 1
@@ -168,16 +168,19 @@ class Chat:
                 return None, error.what
         return self._decoder, None
 
-    def _by_loop(self, decoder: Decoder, inputs: Any, options: dict[str, Any], speculate: int, watch: Any) -> list[int]:
+    def _by_loop(
+        self, decoder: Decoder, inputs: Any, settings: dict[str, Any], speculate: int, watch: Any
+    ) -> list[int]:
         import secrets
 
         from halfbyte.runtime.decode.sampling import sampling_of
 
-        drawn = {**options, "seed": secrets.randbits(31) if options.get("seed") is None else options["seed"]}
-        sampling = sampling_of(drawn, self.model.generation_config)
+        if settings["seed"] is None:
+            settings["seed"] = secrets.randbits(31)
+        sampling = sampling_of(settings, self.model.generation_config)
         new: list[int] = []
         watch.put(inputs["input_ids"].cpu())
-        count = options.get("max_new_tokens") or MAX_NEW_TOKENS
+        count = settings["max_new_tokens"]
         for rows in decoder.tokens(dict(inputs), count, sampling=sampling, speculate=speculate):
             for token in rows[0]:
                 new.append(token)
