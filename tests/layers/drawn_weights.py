@@ -69,6 +69,16 @@ class DrawnWeights:
         return noise.bfloat16()
 
 
+class WideWeights(DrawnWeights):
+    """Of any size at no cost: one random piece, repeated to every shape."""
+
+    piece = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16() / 32
+
+    def _draw(self, name: str) -> torch.Tensor:
+        size = torch.Size(self.shape(name))
+        return self.piece.repeat(-(-size.numel() // len(self.piece)))[: size.numel()].view(size)
+
+
 def gemma4_e_config(*, shared: int = 3) -> dict[str, Any]:
     """Gemma 4 E2B in small: per-layer inputs, the last `shared` of 7 layers without keys and values of their own, wide MLPs there."""
     config = gemma4_config(1024, 7, False)

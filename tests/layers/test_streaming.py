@@ -225,18 +225,13 @@ WIDE = """
 import json
 import torch
 torch.set_num_threads(1)
-from layers.drawn_weights import DrawnWeights, config_of
+from layers.drawn_weights import WideWeights, config_of
 from layers.small_rows import random_rows
 from halfbyte.evaluator.scoring.scorer import score
 from halfbyte.memory import peak_rss_bytes
-piece = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16() / 32
-class Wide(DrawnWeights):
-    def _draw(self, name):
-        size = torch.Size(self.shape(name))
-        return piece.repeat(-(-size.numel() // len(piece)))[: size.numel()].view(size)
 sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=8, head_dim=128)
 def peak(layers, streaming):
-    weights = Wide({**config_of("llama"), **sizes, "num_hidden_layers": layers})
+    weights = WideWeights({**config_of("llama"), **sizes, "num_hidden_layers": layers})
     score(weights, [], random_rows(3, 128, (16, 16)), batch=2, floor=False, streaming=streaming)
     return peak_rss_bytes()
 print(json.dumps([peak(1, True), peak(6, True), peak(6, False)]))

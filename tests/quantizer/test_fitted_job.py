@@ -202,17 +202,12 @@ WIDE = """
 import json
 import torch
 torch.set_num_threads(1)
-from layers.drawn_weights import DrawnWeights, config_of
+from layers.drawn_weights import WideWeights, config_of
 from layers.small_rows import random_rows
 from halfbyte.codec.fitting import Moments
 from halfbyte.layers.streaming import StreamedModel
 from halfbyte.memory import peak_rss_bytes
 from halfbyte.quantizer.layerwise import fit_layers
-piece = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16() / 32
-class Wide(DrawnWeights):
-    def _draw(self, name):
-        size = torch.Size(self.shape(name))
-        return piece.repeat(-(-size.numel() // len(piece)))[: size.numel()].view(size)
 class Store:
     def __init__(self, weights): self.weights = weights
     def is_done(self, name): return False
@@ -221,7 +216,7 @@ class Store:
         return self.weights.load(name)
 sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
 def peak(layers):
-    weights = Wide({**config_of("llama"), **sizes, "num_hidden_layers": layers})
+    weights = WideWeights({**config_of("llama"), **sizes, "num_hidden_layers": layers})
     wanted = {name for name in weights.names() if "_proj." in name}
     rows = random_rows(3, 128, (16, 16))
     fit_layers(StreamedModel(weights), rows, wanted, Store(weights), Moments, batch=2, sequential=True)
