@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -50,14 +51,19 @@ static u32 place(u32 at, u32 size) {
 }
 static struct { const u8 *first, *end; } readable[3];
 
+static const u8* known(const void* from, u32 size) {
+    const u8* at = (const u8*)from;
+    bool inside = false;
+    for (auto& range : readable) inside |= at >= range.first && at + size <= range.end;
+    if (!inside || (uintptr_t)at % size) die("global memory: out of range or misaligned");
+    return at;
+}
+
 struct Copy { u32 to; const void* from; };
 static thread_local std::vector<std::vector<Copy>> under_way;
 static thread_local std::vector<Copy> asked;
 static void copy16(u32 to, const void* from) {
-    const u8* at = (const u8*)from;
-    bool known = false;
-    for (auto& range : readable) known |= at >= range.first && at + 16 <= range.end;
-    if (!known || (uintptr_t)at % 16) die("global memory: out of range or misaligned");
+    known(from, 16);
     memset(shared_memory + place(to, 16), 0xee, 16);
     asked.push_back({to, from});
 }
@@ -72,15 +78,50 @@ template <int LEFT> static void wait() {
     }
 }
 
-template <class T> static T fetch(u32 at) {
+static uint4 load16(const void* from) {
+    uint4 v;
+    memcpy(&v, known(from, 16), 16);
+    return v;
+}
+static u32 load1(const void* from) { return *known(from, 1); }
+
+// Barriers in shared memory lie below TABLE_AT, where `place` lets nobody else write.
+struct Barrier { std::atomic<u32> count, pending, phase; };
+static Barrier barriers[128];
+static Barrier& barrier_at(u32 at) {
+    if (at < FIRST || at >= FIRST + 8 * 128 || at % 8) die("barrier: out of range or misaligned");
+    return barriers[(at - FIRST) / 8];
+}
+static void init_barrier(u32 at, u32 count) {
+    Barrier& barrier = barrier_at(at);
+    barrier.count = barrier.pending = count;
+    barrier.phase = 0;
+}
+static void arrive_at(u32 at) {
+    Barrier& barrier = barrier_at(at);
+    if (barrier.pending.fetch_sub(1) == 1) {
+        barrier.pending = barrier.count.load();
+        barrier.phase++;
+    }
+}
+static void arrive_when_copied(u32 at) {
+    commit();
+    wait<0>();
+    arrive_at(at);
+}
+static void wait_at(u32 at, u32 parity) {
+    while ((barrier_at(at).phase & 1) == parity) std::this_thread::yield();
+}
+
+template <class T> static T read_shared(u32 at) {
     T v;
     memcpy(&v, shared_memory + place(at, sizeof v), sizeof v);
     return v;
 }
 static u32 shared_base() { return FIRST; }
-static uint4 read16(u32 at) { return fetch<uint4>(at); }
-template <int OFFSET> static u32 read4(u32 at) { return fetch<u32>(at + OFFSET); }
-static u32 read1(u32 at) { return fetch<u8>(at); }
+static uint4 read16(u32 at) { return read_shared<uint4>(at); }
+template <int OFFSET> static u32 read4(u32 at) { return read_shared<u32>(at + OFFSET); }
+static u32 read1(u32 at) { return read_shared<u8>(at); }
 static void store4(u32 at, float v) { memcpy(shared_memory + place(at, 4), &v, 4); }
 static void store16(u32 at, float4 v) { memcpy(shared_memory + place(at, 16), &v, 16); }
 static void store_four_times(u32 at, u32 v) {

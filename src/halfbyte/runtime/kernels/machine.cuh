@@ -13,6 +13,35 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+// What is read once, straight to registers.
+__device__ __forceinline__ uint4 load16(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ u32 load1(const void* from) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+
+// Barriers in shared memory, by address: `count` arrivals end a phase; phases have parities 0, 1, 0, ...
+__device__ __forceinline__ void init_barrier(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
+__device__ __forceinline__ void arrive_at(u32 at) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at) : "memory"); }
+// Arrives when all copies that this thread has asked for so far have ended.
+__device__ __forceinline__ void arrive_when_copied(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
+// Waits for the end of the phase with this parity.
+__device__ __forceinline__ void wait_at(u32 at, u32 parity) {
+    u32 ended;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(at), "r"(parity) : "memory");
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(at), "r"(parity) : "memory");
+#endif
+    } while (!ended);
+}
+
 // Shared memory, by address.
 __device__ __forceinline__ u32 shared_base() {
     extern __shared__ __align__(1024) u8 memory[];

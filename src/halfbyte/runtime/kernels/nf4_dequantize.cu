@@ -11,6 +11,7 @@
 #define SUBS 1
 #endif
 #define WARPS 8
+#define BLOCK_WARPS WARPS
 
 #include "machine.cuh"
 
