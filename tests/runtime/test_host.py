@@ -35,11 +35,11 @@ HERE = Path(__file__).parent
 CASES = [
     # variant, parts, columns, m, blocks
     (Variant(warps=2), (64, 32), 320, 1, 1),
-    (Variant(warps=2, slots=2, x_stages=2), (96, 64), 448, 8, 4),
+    (Variant(warps=2, stage_units=1, depth=2, x_stages=2), (96, 64), 448, 8, 4),
     (Variant(warps=2), (32,), 64, 3, 3),  # one step
     (Variant(warps=3), (64, 32), 192, 2, 8),  # as many blocks as steps
     (Variant(warps=5, x_stages=1), (64, 64), 1088, 5, 2),  # a warp without a row group; one stage
-    (Variant(warps=2, groups=2, slots=1, table_stride=128, alu_words=2), (64, 32), 448, 13, 5),
+    (Variant(warps=2, groups=2, stage_units=4, depth=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 5),
     (Variant(warps=3, early=True, prefetch=5, table_stride=128), (96, 64), 448, 4, 1),
     (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
     (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),

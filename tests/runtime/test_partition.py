@@ -83,6 +83,7 @@ def test_no_room_for_x_is_an_error():
 
 def test_the_arithmetic_of_shared_memory_is_that_of_the_source():
     """X_AT + X_STAGES * m * X_ROW: read off the source, computed by hand."""
-    variant = replace(Variant(), warps=12, x_stages=3, table_stride=128)
-    assert variant.shared_bytes(5) == 2048 + 32768 + 4096 + 3 * 5 * (4 * 128 + 64)
+    variant = replace(Variant(), warps=12, x_stages=3, table_stride=128, depth=5, stage_units=4)
+    ring = 12 * 5 * 4 * (1024 + 32)
+    assert variant.shared_bytes(5) == 2048 + 32768 + 4096 + ring + 3 * 5 * (4 * 128 + 64)
     assert replace(variant, alu_words=4).shared_bytes(5) == variant.shared_bytes(5) - 32768

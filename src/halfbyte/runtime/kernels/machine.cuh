@@ -13,23 +13,17 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-// What is read once, straight to registers.
-__device__ __forceinline__ uint4 load16(const void* from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-__device__ __forceinline__ u32 load1(const void* from) {
-    u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(v) : "l"(from));
-    return v;
-}
-
 // Barriers in shared memory, by address: `count` arrivals end a phase; phases have parities 0, 1, 0, ...
 __device__ __forceinline__ void init_barrier(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
 __device__ __forceinline__ void arrive_at(u32 at) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at) : "memory"); }
 // Arrives when all copies that this thread has asked for so far have ended.
 __device__ __forceinline__ void arrive_when_copied(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
+// Other threads, and the copy engine, may use the barriers that this thread has initialised (behind a barrier of threads).
+__device__ __forceinline__ void barriers_are_there() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // Waits for the end of the phase with this parity.
 __device__ __forceinline__ void wait_at(u32 at, u32 parity) {
     u32 ended;
@@ -41,6 +35,27 @@ __device__ __forceinline__ void wait_at(u32 at, u32 parity) {
 #endif
     } while (!ended);
 }
+
+// Two runs of bytes, multiples of 16, from global to shared memory by a warp; `barrier` has FILL_ARRIVALS more arrivals when they are there.
+#if __CUDA_ARCH__ >= 900
+#define FILL_ARRIVALS 1
+__device__ __forceinline__ void copy_run(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void fill(u32 barrier, u32 to, const u8* from, u32 bytes, u32 to2, const u8* from2, u32 bytes2, u32 lane) {
+    if (lane != 0) return;
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(barrier), "r"(bytes + bytes2) : "memory");
+    copy_run(to, from, bytes, barrier);
+    copy_run(to2, from2, bytes2, barrier);
+}
+#else
+#define FILL_ARRIVALS 32
+__device__ __forceinline__ void fill(u32 barrier, u32 to, const u8* from, u32 bytes, u32 to2, const u8* from2, u32 bytes2, u32 lane) {
+    for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, from + i);
+    for (u32 i = lane * 16; i < bytes2; i += 512) copy16(to2 + i, from2 + i);
+    arrive_when_copied(barrier);
+}
+#endif
 
 // Shared memory, by address.
 __device__ __forceinline__ u32 shared_base() {

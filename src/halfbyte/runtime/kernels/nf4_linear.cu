@@ -5,9 +5,11 @@
 //   * A *unit* is ROW_TILES tiles of 16 rows x 64 columns. A warp has one row group of a *row block* (WARPS of them) and walks along K;
 //     all warps of a block are at about the same k. A *step* is a row block x 64 columns. All steps form one sequence, row block
 //     after row block; each block of the grid takes an equal, contiguous part of it. No multiprocessor idles, whatever N and K are.
-//   * Weights go straight to registers, SLOTS units ahead of their use, and are read once.
+//   * Weights are read once, by the copy engine, STAGE_UNITS units at a time, into a ring private to the warp; DEPTH stages of them are
+//     on their way or in use. Straight to registers would be one pass through shared memory less, but the compiler has one counter
+//     for all loads of a loop, so that using the oldest waits for the newest (docs/log.md).
 //   * x is shared by the warps of a block and passes by in chunks of CHUNK * 64 columns, X_STAGES of which are kept. One warp more does
-//     nothing but fetch them. So x costs neither time before the first product nor room, however many rows and columns it has.
+//     nothing but fetch them. So x costs neither time before the first product nor room, however many columns it has.
 //   * A byte of weight is a pair of levels. One look-up in a shared table, replicated for each bank (no conflicts), turns it
 //     into the register that mma.m16n8k16 wants: weights are its M side, activations its 8 columns. So M = 1..8 costs the same.
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
@@ -31,8 +33,11 @@
 #ifndef GROUPS
 #define GROUPS 1       // groups of 8 columns: M <= 8 * GROUPS
 #endif
-#ifndef SLOTS
-#define SLOTS 4        // units of a warp that are on their way or in use: 1, 2 or 4
+#ifndef STAGE_UNITS
+#define STAGE_UNITS 2  // units in a stage of the ring: 1, 2 or 4
+#endif
+#ifndef DEPTH
+#define DEPTH 3        // stages in the ring of a warp
 #endif
 #ifndef X_STAGES
 #define X_STAGES 4     // chunks of x that are on their way or in use
@@ -50,7 +55,7 @@
 #define EARLY 0        // 1: launched with programmatic serialization, weights are read before the previous kernel has ended
 #endif
 #ifndef PREFETCH
-#define PREFETCH 0     // with EARLY: units behind the slots that are fetched as far as the L2 cache while the previous kernel still runs
+#define PREFETCH 0     // with EARLY: units behind the ring that are fetched as far as the L2 cache while the previous kernel still runs
 #endif
 #define BLOCK_WARPS (WARPS + 1)
 #define CHUNK 4        // blocks of 64 columns in a chunk of x
@@ -71,19 +76,24 @@ struct Params {
     float unit;
 };
 
-static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % SLOTS == 0 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
+static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
 
 // Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
 // TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.
 #define FULL_AT 1024                     // a barrier for each stage of x: it is there
 #define FREE_AT (FULL_AT + 8 * X_STAGES)  // nobody reads it any more
+#define RING_FULL_AT (FREE_AT + 8 * X_STAGES)  // for each stage of each warp: it is there
 #define TABLE_AT 2048
 #define TABLE_BYTES (ALU_WORDS == 4 ? 0 : 256 * TABLE_STRIDE)
 #define UNIT_BYTES (512 * ROW_TILES)
 #define CODE_BYTES (16 * ROW_TILES * SUBS)
 #define MAP_AT (TABLE_AT + TABLE_BYTES)
-#define X_AT (MAP_AT + MAPS * 1024)
+#define STAGE_BYTES (STAGE_UNITS * (UNIT_BYTES + CODE_BYTES))
+#define RING_AT (MAP_AT + MAPS * 1024)
+#define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
 #define X_ROW (CHUNK * 128 + 64)         // 64 more than a chunk has: two rows lie in different banks
+
+static_assert(RING_FULL_AT + 8 * WARPS * DEPTH <= TABLE_AT, "barriers");
 
 #include "decode.cuh"
 
@@ -181,20 +191,8 @@ __device__ __forceinline__ void fetch(const Params& p, u32 shared, u32 step, u32
     }
 }
 
-// What a warp has of a unit: the lane's 16 bytes of each tile, its scales' codes.
-struct Slot {
-    uint4 tile[ROW_TILES];
-    u32 code[SUBS];
-};
-__device__ __forceinline__ void load(Slot& slot, const u8* weight, const u8* code) {
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) slot.tile[i] = load16(weight + i * 512);
-#pragma unroll
-    for (int sub = 0; sub < SUBS; sub++) slot.code[sub] = load1(code + sub * 16 * ROW_TILES);
-}
-
 // sums += a unit; `scale`: of the row that this lane expands; x: the lane's 16 bytes of columns 0 .. 31, then of 32 .. 63.
-__device__ __forceinline__ void multiply_unit(Sums& sums, const Slot& slot, const float (&scale)[SUBS], const u32 (&x)[GROUPS], u32 home, const Levels& levels, u32 lane) {
+__device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[ROW_TILES], const float (&scale)[SUBS], const u32 (&x)[GROUPS], u32 home, const Levels& levels, u32 lane) {
     constexpr bool HALVES = SUBS == 2 || GROUPS > 2;  // scale each half by itself: with many groups, to hold fewer sums at a time
     float acc[ROW_TILES][GROUPS][4];
 #pragma unroll
@@ -209,8 +207,7 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const Slot& slot, cons
 #pragma unroll
                 for (int c = 0; c < GROUPS * 4; c++) (&acc[i][0][0])[c] = 0;
             }
-            const uint4& tile = slot.tile[i];
-            const u32 word = half == 0 ? (odd ? tile.y : tile.x) : (odd ? tile.w : tile.z);
+            const u32 word = half == 0 ? (odd ? tile[i].y : tile[i].x) : (odd ? tile[i].w : tile[i].z);
             u32 a[4];
             if (2 * half + odd >= 4 - ALU_WORDS) permute(levels, word, a);
             else look_up(home, word, a);
@@ -238,15 +235,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     const u32 steps = p.row_blocks * p.k_blocks;
     const u32 end = first_step(blockIdx.x + 1, steps, p.blocks);
     u32 step = first_step(blockIdx.x, steps, p.blocks);
-    Segment at = segment_at(p, step, end), after = segment_at(p, step + at.stop - at.k, end);
-
-    // A row group of this warp, its weights of k = 0. A warp of the last row block may have none: it keeps the others company.
-    const u32 code_lane = g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
-    auto row_group_of = [&](const Segment& s) { return s.stop == 0 ? p.row_groups : s.row_block * WARPS + warp; };
-    auto weight_of = [&](u32 row_group) { return p.weight + (u64)row_group * p.k_blocks * UNIT_BYTES + lane * 16; };
-    auto codes_of = [&](u32 row_group) { return p.codes + (u64)row_group * p.k_blocks * CODE_BYTES + code_lane; };
+    Segment at = segment_at(p, step, end);
     const bool multiplies = warp < WARPS;
-    u32 row_group = multiplies ? row_group_of(at) : p.row_groups, next_group = multiplies ? row_group_of(after) : p.row_groups;
+    auto row_group_of = [&](const Segment& s) { return multiplies && s.stop ? s.row_block * WARPS + warp : p.row_groups; };
+    u32 row_group = row_group_of(at);  // a warp of the last row block may have none: it keeps the others company
 
     // Small things first: behind the weights they would wait for those.
     int4 group = {0, 0, 0, 0};
@@ -266,20 +258,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     Levels levels;
     if (ALU_WORDS > 0) levels = read_levels(p.table);
 
-    // The first unit of each slot: block k of a row group belongs to slot k % SLOTS. One that this segment does not use is for the next.
-    Slot slots[SLOTS];
-    u32 after_stop = next_group < p.row_groups ? after.stop : 0;
-    const u8 *weight = weight_of(row_group), *code = codes_of(row_group);
-    if (row_group < p.row_groups) {
-#pragma unroll
-        for (int d = 0; d < SLOTS; d++) {
-            const u32 k = at.k + ((d - at.k) & (SLOTS - 1));
-            if (k < at.stop) load(slots[d], weight + k * UNIT_BYTES, code + k * CODE_BYTES);
-            else if ((u32)d < after_stop) load(slots[d], weight_of(next_group) + d * UNIT_BYTES, codes_of(next_group) + d * CODE_BYTES);
+    // The ring: `ahead` is what to ask for next.
+    const u32 ring = shared + RING_AT + warp * (DEPTH * STAGE_BYTES), ring_full = shared + RING_FULL_AT + warp * (DEPTH * 8);
+    Segment ahead = at;
+    u32 ahead_step = step, ahead_group = row_group, filled = 0;
+    auto ask = [&]() {
+        if (ahead_group >= p.row_groups) return;
+        const u32 k = ahead.k, units = min(STAGE_UNITS - k % STAGE_UNITS, ahead.stop - k), to = ring + filled * STAGE_BYTES;
+        const u64 unit = (u64)ahead_group * p.k_blocks + k;
+        fill(ring_full + 8 * filled, to + k % STAGE_UNITS * UNIT_BYTES, p.weight + unit * UNIT_BYTES, units * UNIT_BYTES,
+             to + STAGE_UNITS * UNIT_BYTES + k % STAGE_UNITS * CODE_BYTES, p.codes + unit * CODE_BYTES, units * CODE_BYTES, lane);
+        if (++filled == DEPTH) filled = 0;
+        ahead.k += units;
+        ahead_step += units;
+        if (ahead.k == ahead.stop) {
+            ahead = segment_at(p, ahead_step, end);
+            ahead_group = row_group_of(ahead);
         }
-        if (EARLY && PREFETCH > 0) {
-            const u32 first = at.k + SLOTS, lines = first < at.stop ? min((u32)PREFETCH, at.stop - first) * (UNIT_BYTES / 128) : 0;
-            for (u32 i = lane; i < lines; i += 32) prefetch_far(weight - lane * 16 + first * UNIT_BYTES + i * 128);
+    };
+    if (multiplies) {
+        if (lane == 0) {
+            for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
+            barriers_are_there();
+        }
+        __syncwarp();
+        for (int i = 0; i < DEPTH; i++) ask();
+        if (EARLY && PREFETCH > 0 && ahead_group < p.row_groups) {
+            const u32 lines = min((u32)PREFETCH, ahead.stop - ahead.k) * (UNIT_BYTES / 128);
+            const u8* first = p.weight + ((u64)ahead_group * p.k_blocks + ahead.k) * UNIT_BYTES;
+            for (u32 i = lane; i < lines; i += 32) prefetch_far(first + i * 128);
         }
     }
 
@@ -314,40 +321,47 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
 #pragma unroll
     for (int q = 0; q < GROUPS; q++) x_row[q] = shared + X_AT + min(8 * q + g, p.m - 1) * X_ROW + t * 16;
 
-    u32 stage = 0, parity = 0;
+    const u32 weight_lane = lane * 16, code_lane = STAGE_UNITS * UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
+    u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {
         const bool active = row_group < p.row_groups;
         u32 block = group.x + own_row * row_scales + at.k * SUBS;  // number of the scale that this lane expands next
         const u32 map = shared + MAP_AT + 1024 * group.z;
         float nested = 0;  // 256 scales share one
         if (active) nested = p.nested[block >> 8];
-        if (after_stop) prefetch(p.nested + ((p.groups[next_group].x + own_row * row_scales) >> 8));  // and with it the row group's entry
         Sums sums = {};
 #pragma unroll 1
         for (u32 k = at.k & ~(CHUNK - 1); k < at.stop; k += CHUNK) {
-            wait_at(shared + FULL_AT + 8 * stage, parity);
-            const u32 x_stage = stage * stage_bytes;
-            const u8 *weight_here = weight + k * UNIT_BYTES, *code_here = code + k * CODE_BYTES;
+            wait_at(shared + FULL_AT + 8 * x_stage, x_parity);
 #pragma unroll
             for (int d = 0; d < CHUNK; d++) {
                 if (k + d < at.k || k + d >= at.stop || !active) continue;
-                Slot& slot = slots[d % SLOTS];
+                if (d % STAGE_UNITS == 0 || k + d == at.k) wait_at(ring_full + 8 * stage, parity);
+                const u32 unit = ring + stage * STAGE_BYTES;
                 if ((block & 255) == 0) nested = p.nested[block >> 8];
                 float scale[SUBS];
 #pragma unroll
-                for (int sub = 0; sub < SUBS; sub++)
-                    scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * slot.code[sub])), nested, __int_as_float(group.y));
+                for (int sub = 0; sub < SUBS; sub++) {
+                    const u32 code = read1(unit + code_lane + d % STAGE_UNITS * CODE_BYTES + sub * 16 * ROW_TILES);
+                    scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * code)), nested, __int_as_float(group.y));
+                }
                 block += SUBS;
+                uint4 tile[ROW_TILES];
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(unit + weight_lane + d % STAGE_UNITS * UNIT_BYTES + i * 512);
                 u32 x[GROUPS];
 #pragma unroll
-                for (int q = 0; q < GROUPS; q++) x[q] = x_row[q] + x_stage + d * 128;
-                multiply_unit(sums, slot, scale, x, home, levels, lane);
-                if (k + d + SLOTS < at.stop) load(slot, weight_here + (d + SLOTS) * UNIT_BYTES, code_here + (d + SLOTS) * CODE_BYTES);
-                else if ((u32)d % SLOTS < after_stop) load(slot, weight_of(next_group) + d % SLOTS * UNIT_BYTES, codes_of(next_group) + d % SLOTS * CODE_BYTES);
+                for (int q = 0; q < GROUPS; q++) x[q] = x_row[q] + x_stage * stage_bytes + d * 128;
+                multiply_unit(sums, tile, scale, x, home, levels, lane);
+                if ((d + 1) % STAGE_UNITS == 0 || k + d + 1 == at.stop) {
+                    __syncwarp();
+                    ask();
+                    if (++stage == DEPTH) stage = 0, parity ^= 1;
+                }
             }
             __syncwarp();
-            if (lane == 0) arrive_at(shared + FREE_AT + 8 * stage);
-            if (++stage == X_STAGES) stage = 0, parity ^= 1;
+            if (lane == 0) arrive_at(shared + FREE_AT + 8 * x_stage);
+            if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
         if (active) {
             const u32 begin = at.row_block * p.k_blocks;
@@ -356,11 +370,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
             else leave(p, sums, row_group, blockIdx.x - from, to - from + 1, lane);
         }
         step += at.stop - at.k;
-        at = after;
-        after = segment_at(p, step + at.stop - at.k, end);
-        row_group = next_group, weight = weight_of(row_group), code = codes_of(row_group);
-        if (after_stop) group = p.groups[row_group];
-        next_group = row_group_of(after);
-        after_stop = next_group < p.row_groups ? after.stop : 0;
+        at = segment_at(p, step, end);
+        row_group = row_group_of(at);
+        if (row_group < p.row_groups) group = p.groups[row_group];
     }
 }

@@ -1,7 +1,7 @@
 """The compile-time choices of `nf4_linear.cu`, what they need, and how many warps a weight is split over.
 
-Shared memory holds the table (64 or 32 KiB), the maps of scales, and a few chunks of x: the chunks are 256 columns wide whatever
-K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has 65,536 of them in four equal parts:
+Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
+256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has 65,536 of them in four equal parts:
 16 warps may have 128 registers a thread, 8 may have 255. One warp of them fetches x.
 
 The split of a weight is the same for 1 to 16 rows of x: it decides the order of additions, and a row of x must give the same bits in
@@ -49,7 +49,8 @@ class Variant:
     warps         that multiply; a block has one more
     row_tiles     of 16 rows in a unit; a property of the layout
     groups        of 8 rows of x
-    slots         units of a warp on their way or in use: 1, 2 or 4
+    stage_units   units in a stage of a warp's ring: 1, 2 or 4
+    depth         stages of the ring
     x_stages      chunks of x on their way or in use
     alu_words     of the 4 words of a tile, decoded by permutes instead of the table
     table_stride  256 or 128 bytes
@@ -61,7 +62,8 @@ class Variant:
     warps: int = MOST_WARPS
     row_tiles: int = 2
     groups: int = 1
-    slots: int = 4
+    stage_units: int = 2
+    depth: int = 3
     x_stages: int = 4
     alu_words: int = 0
     table_stride: int = 256
@@ -87,7 +89,8 @@ class Variant:
     def shared_bytes(self, rows: int) -> int:
         """Shared memory of a block with `rows` rows of x; the same sums as X_AT in the source."""
         table = 0 if self.alu_words == 4 else 256 * self.table_stride
-        return _TABLE_AT + table + _MAPS + self.x_stages * rows * _X_ROW
+        stage = self.stage_units * self.row_tiles * (512 + 16 * self.subs)
+        return _TABLE_AT + table + _MAPS + self.warps * self.depth * stage + self.x_stages * rows * _X_ROW
 
 
 def choose_warps(row_groups: int, most: int) -> int:
@@ -107,16 +110,23 @@ def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, devic
     groups = 1 if rows <= 8 else 2 if rows <= 16 else 4
     warps = choose_warps(row_groups, MOST_WARPS if groups < 4 else MOST_WIDE_WARPS)
     variant = Variant(
-        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, slots=4 if subs == 1 else 2,
-        early=device.capability >= (9, 0),
+        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, early=device.capability >= (9, 0),
     )  # fmt: skip
     return fitting(variant, rows, device)
 
 
 def fitting(variant: Variant, rows: int, device: Device) -> Variant:
-    """The variant with the larger table and more stages if those fit, else with less. The bits are the same. raises UsageError"""
-    for stride, stages in ((256, variant.x_stages), (128, variant.x_stages), (128, 2)):
-        tried = replace(variant, table_stride=stride, x_stages=stages)
+    """The variant with the larger table and all its stages if those fit, else with less. The bits are the same. raises UsageError"""
+    units, depth = variant.stage_units, variant.depth
+    less = (
+        (256, units, depth, variant.x_stages),
+        (256, units, depth, 2),
+        (128, units, depth, 2),
+        (128, 1, 3, 2),
+        (128, 1, 2, 2),
+    )
+    for stride, units, depth, stages in less:
+        tried = replace(variant, table_stride=stride, stage_units=units, depth=depth, x_stages=stages)
         if tried.shared_bytes(rows) <= device.shared_bytes:
             return tried
     raise UsageError(f"no room in shared memory for {rows} rows of x", where=str(variant), todo="use fewer stages")
