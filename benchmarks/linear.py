@@ -9,7 +9,7 @@ are captured in a CUDA graph, each with the next copy, and the graph is replayed
 median and range over replays. The ceiling is a device-to-device copy (bytes read and written), measured first; the
 bytes that count for a linear are those of the weight (0.516 a weight), of x and of y. Every contender is checked against the
 exact weights in float64 before it is timed: a wrong one is not timed. `early` is the same kernel launched so that it may
-read weights before its predecessor has ended (`p8`: and 8 units of each warp are fetched into L2). Names of variants: warps, stages
+read weights before its predecessor has ended (`early2`: two stages of the ring). Names of variants: warps, stages
 times units of the ring, stages of x, words decoded by permutes, bytes between table entries. The last line is one JSON object, the table in short;
 `--out` writes every row.
 """
@@ -52,14 +52,12 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
-TRIED = (
-    Variant(early=True), Variant(early=True, alu_words=1), Variant(early=True, depth=2), Variant(early=True, depth=4),
-    Variant(early=True, stage_units=1, depth=4), Variant(early=True, stage_units=4, depth=2), Variant(),
-)  # fmt: skip
+#: units in a stage, stages, stages asked for while the previous kernel runs
+RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 3), (2, 4, 1), (4, 2, 1), (4, 2, 2), (4, 3, 1), (1, 4, 2))
+TRIED = (Variant(early=True), Variant(early=True, ahead=2), Variant(early=True, alu_words=1), Variant())
 TUNED = (
-    *TRIED, Variant(early=True, alu_words=2), Variant(early=True, prefetch=4), Variant(early=True, prefetch=12),
-    Variant(early=True, depth=3, x_stages=2), Variant(early=True, depth=4, x_stages=2), Variant(early=True, table_stride=128),
-    Variant(early=True, table_stride=128, depth=5), Variant(early=True, alu_words=4),
+    Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
+    Variant(early=True, x_stages=2), Variant(early=True, table_stride=128), Variant(early=True, alu_words=1),
 )  # fmt: skip
 #: warps that --tune tries beside the number that divides the weight best
 TUNED_WARPS = (8, 11, 12, 13, 14, 15)
@@ -135,12 +133,10 @@ def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dic
             continue
         chosen = replace(variant, groups=1 if m <= 8 else 2 if m <= 16 else 4)
         if chosen.groups == 4:  # more registers a thread, so fewer warps
-            chosen = replace(
-                chosen, warps=variants.choose_warps(row_groups, 11 if chosen.depth == 4 else variants.MOST_WIDE_WARPS)
-            )
+            chosen = replace(chosen, warps=variants.choose_warps(row_groups, variants.MOST_WIDE_WARPS))
         if chosen.shared_bytes(m) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride}"
-            found[name + (f" early p{chosen.prefetch}" if chosen.early else "")] = chosen
+            found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
     return found
 
 

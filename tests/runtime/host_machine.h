@@ -1,6 +1,6 @@
-// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another, in a
-// random order. Slow, and strict: a copy lands when it is waited for and its target is garbage until then; addresses are
-// checked for range and alignment; shared memory begins as garbage.
+// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another. Slow,
+// and strict: a copy lands when it is waited for and its target is garbage until then; addresses are checked for range and
+// alignment; shared memory begins as garbage.
 
 #include <pthread.h>
 #include <unistd.h>
@@ -61,24 +61,12 @@ static const u8* known(const void* from, u32 size) {
 }
 
 struct Copy { u32 to; const void* from; };
-static thread_local std::vector<std::vector<Copy>> under_way;
 static thread_local std::vector<Copy> asked;
 static void copy16(u32 to, const void* from) {
     known(from, 16);
     memset(shared_memory + place(to, 16), 0xee, 16);
     asked.push_back({to, from});
 }
-static void commit() {
-    under_way.push_back(asked);
-    asked.clear();
-}
-template <int LEFT> static void wait() {
-    while (under_way.size() > LEFT) {
-        for (auto& copy : under_way.front()) memcpy(shared_memory + copy.to, copy.from, 16);
-        under_way.erase(under_way.begin());
-    }
-}
-
 // Barriers in shared memory lie below TABLE_AT, where `place` lets nobody else write.
 struct Run { u32 to; const u8* from; u32 bytes; };
 struct Barrier {
@@ -106,8 +94,8 @@ static void arrive_at(u32 at) {
     }
 }
 static void arrive_when_copied(u32 at) {
-    commit();
-    wait<0>();
+    for (auto& copy : asked) memcpy(shared_memory + copy.to, copy.from, 16);
+    asked.clear();
     arrive_at(at);
 }
 #define FILL_ARRIVALS 1
@@ -140,7 +128,6 @@ static uint4 read16(u32 at) { return read_shared<uint4>(at); }
 template <int OFFSET> static u32 read4(u32 at) { return read_shared<u32>(at + OFFSET); }
 static u32 read1(u32 at) { return read_shared<u8>(at); }
 static void store4(u32 at, float v) { memcpy(shared_memory + place(at, 4), &v, 4); }
-static void store16(u32 at, float4 v) { memcpy(shared_memory + place(at, 16), &v, 16); }
 static void store_four_times(u32 at, u32 v) {
     for (u32 i = place(at, 16); i < at + 16; i += 4) memcpy(shared_memory + i, &v, 4);
 }
@@ -202,19 +189,17 @@ static u32 permute_bytes(u32 a, u32 b, u32 selector) {
 }
 static u32 __byte_perm(u32 a, u32 b, u32 selector) { return permute_bytes(a, b, selector & 0x7777); }  // as on the GPU: no signs
 
-static void prefetch(const void* at) { volatile u8 touched = *(const u8*)at; (void)touched; }
-static void prefetch_far(const void* at) {
-    const u8 *line = (const u8*)at;
-    if (line < readable[0].first || line + 128 > readable[0].end) die("prefetch: out of range");
+static void send16(void* to, uint4 v) { memcpy(to, &v, 16); }
+static uint4 receive16(const void* from) {
+    uint4 v;
+    memcpy(&v, from, 16);
+    return v;
 }
-static u32 arrive(u32* counter) { return __sync_fetch_and_add(counter, 1u); }
-static void acquire() { __sync_synchronize(); }
 static void let_next_begin() {}
 static void wait_for_previous() {}
-template <class T> static T __ldcg(const T* at) { return *at; }
-template <class T> static void __stcg(T* at, T v) { *at = v; }
 static float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 static float __uint_as_float(u32 v) { return __int_as_float((int)v); }
+static u32 __float_as_uint(float v) { u32 bits; memcpy(&bits, &v, 4); return bits; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
 
@@ -223,10 +208,7 @@ template <class Kernel> static void run_blocks(u32 blocks, u32 warps, u32 shared
     shared_end = FIRST + shared_bytes;
     gridDim.x = blocks;
     for (int i = 0; i < 3; i++) readable[i] = {(const u8*)ranges[2 * i], (const u8*)ranges[2 * i + 1]};
-    std::vector<u32> order(blocks);
-    for (u32 i = 0; i < blocks; i++) order[i] = i;
-    for (u32 i = blocks; i > 1; i--) std::swap(order[i - 1], order[rand() % i]);
-    for (u32 block : order) {
+    for (u32 block = 0; block < blocks; block++) {  // in order: a block may wait for those before it
         memset(shared_memory, 0xee, sizeof shared_memory);
         for (u32 w = 0; w < warps; w++) pthread_barrier_init(&warp_barrier[w], nullptr, 32);
         pthread_barrier_init(&block_barrier, nullptr, 32 * warps);

@@ -40,7 +40,7 @@ CASES = [
     (Variant(warps=3), (64, 32), 192, 2, 8),  # as many blocks as steps
     (Variant(warps=5, x_stages=1), (64, 64), 1088, 5, 2),  # a warp without a row group; one stage
     (Variant(warps=2, groups=2, stage_units=4, depth=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 5),
-    (Variant(warps=3, early=True, prefetch=5, table_stride=128), (96, 64), 448, 4, 1),
+    (Variant(warps=3, early=True, ahead=2, table_stride=128), (96, 64), 448, 4, 1),
     (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
     (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),
 ]
@@ -102,12 +102,11 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
     y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)
     row_groups, most_parts = partition.row_groups, partition.most_parts
-    partial = aligned(torch.full((row_groups * most_parts * variant.row_tiles * variant.groups * 128,), torch.nan))
-    counters = torch.zeros(row_groups, dtype=torch.int32)
+    partial = aligned(torch.full((row_groups * most_parts * variant.row_tiles * variant.groups * 128,), launch.NOTHING))
     table = levels.pair_table()
     arguments = launch._LinearArguments(
         **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
-        counters=counters.data_ptr(), m=m, n=weight.rows, row_groups=row_groups, k_blocks=weight.k_blocks,
+        m=m, n=weight.rows, row_groups=row_groups, k_blocks=weight.k_blocks,
         row_blocks=partition.row_blocks, blocks=partition.blocks, maps_count=len(parts), most_parts=most_parts, unit=levels.UNIT,
     )  # fmt: skip
     run = library("nf4_linear", variant.defines, folder).run
@@ -115,7 +114,7 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     run(ctypes.byref(arguments), partition.blocks, variant.shared_bytes(m), ranges)
     expected = (x.double() @ dense(stored, table_levels()).T).float()
     torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=2e-4)  # y is rounded to bf16, nothing else
-    assert not counters.any()
+    assert (partial == launch.NOTHING).all()
 
 
 @pytest.mark.parametrize(("parts", "blocksize"), [((64, 32), 64), ((48,), 32)])

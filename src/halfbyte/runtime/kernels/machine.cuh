@@ -6,12 +6,10 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-// 16 bytes from global to shared memory, on their way until waited for. Groups of copies end in order.
+// 16 bytes from global to shared memory, on their way until a barrier says that they are there.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 // Barriers in shared memory, by address: `count` arrivals end a phase; phases have parities 0, 1, 0, ...
 __device__ __forceinline__ void init_barrier(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
@@ -82,10 +80,6 @@ __device__ __forceinline__ void store_four_times(u32 at, u32 v) {
 }
 __device__ __forceinline__ void store4(u32 at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
 
-__device__ __forceinline__ void store16(u32 at, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-
 // acc[16 x 8] += a[16 x 16] b[16 x 8], spread over the warp as the PTX manual says.
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -117,17 +111,15 @@ __device__ __forceinline__ u32 lane_id() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
-__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
-
-__device__ __forceinline__ void prefetch_far(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-// Count an arrival after everything this warp wrote (a barrier of the warp must come before), and see what others wrote before theirs.
-__device__ __forceinline__ u32 arrive(u32* counter) {
-    u32 before;
-    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before;
+// To another block of the grid and from it, past this multiprocessor's cache; a word arrives whole.
+__device__ __forceinline__ void send16(void* to, uint4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ uint4 receive16(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
 
 // Programmatic serialization: the next launch may begin; the previous one has ended and its writes are there.
 __device__ __forceinline__ void let_next_begin() {

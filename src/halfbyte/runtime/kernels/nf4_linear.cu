@@ -15,9 +15,11 @@
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
 //   * Scales stay one byte a block. A lane expands one of the unit's 32 (map[code] * nested + offset), shuffles hand them
 //     around, and they multiply fp32 accumulators. So the weight is never rounded, only the 16 levels are (Params::unit).
-//   * Where a row block is cut between blocks, each leaves its part in `partial`, and whoever arrives last adds all of them, in the order
-//     of K. Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits,
-//     and a row of x gives the same bits in any batch of 1 to 16.
+//   * Where a row block is cut between blocks, each leaves its part in `partial`, and the last of them in the order of K adds all up, in
+//     that order, when its own work is done. It needs no counter and no fence: a part is there when it is no longer NOTHING, a value
+//     that no arithmetic gives. It waits for blocks of lower numbers only, which the machine starts first.
+//   * Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits, and a row of
+//     x gives the same bits in any batch of 1 to 16.
 //
 // Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
 // CPU in tests/runtime/test_host.py.
@@ -54,8 +56,8 @@
 #ifndef EARLY
 #define EARLY 0        // 1: launched with programmatic serialization, weights are read before the previous kernel has ended
 #endif
-#ifndef PREFETCH
-#define PREFETCH 0     // with EARLY: units behind the ring that are fetched as far as the L2 cache while the previous kernel still runs
+#ifndef AHEAD
+#define AHEAD 1        // with EARLY: stages that are asked for while the previous kernel still runs; more would be in its way
 #endif
 #define BLOCK_WARPS (WARPS + 1)
 #define CHUNK 4        // blocks of 64 columns in a chunk of x
@@ -70,8 +72,7 @@ struct Params {
     const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
     const u16* x;         // [m][64 * k_blocks]
     u16* y;               // [m][n]
-    float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
-    u32* counters;        // [row groups], zero before and after
+    uint4* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32]: four floats each, NOTHING before and after
     u32 m, n, row_groups, k_blocks, row_blocks, blocks, maps_count, most_parts;
     float unit;
 };
@@ -126,47 +127,56 @@ __device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row
             }
 }
 
-#define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
+#define NOTHING 0xffffffffu             // a NaN; results of arithmetic have 0x7fffffff for it
+#define PART (ROW_TILES * GROUPS * 32)  // uint4s of a part
 
-// Leaves a warp's part of a row group, number `mine` of `parts` in the order of K; the last of them to arrive adds all up and
-// writes the result.
-__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 parts, u32 lane) {
-    const bool useful = 2 * (lane & 3) < p.m;
-    float4* const first = reinterpret_cast<float4*>(p.partial) + (u64)row_group * p.most_parts * PART + lane;
+// Whether this lane has columns of group q.
+__device__ __forceinline__ bool has_columns(const Params& p, u32 q, u32 lane) { return 8 * q + 2 * (lane & 3) < p.m; }
+
+// Leaves a warp's part of a row group, number `mine` in the order of K.
+__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
+    uint4* const part = p.partial + ((u64)row_group * p.most_parts + mine) * PART + lane;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * GROUPS; i++) {
         const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
-        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(first + mine * PART + i * 32, make_float4(v[0], v[1], v[2], v[3]));
+        if (has_columns(p, i % GROUPS, lane))
+            send16(part + i * 32, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
     }
-    __syncwarp();
-    u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
-    before = __shfl_sync(~0u, before, 0);
-    if (before + 1 != parts) return;
-    if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
-    acquire();
+}
 
+// Waits for the parts of a row group, adds them up and writes the result.
+__device__ __forceinline__ void gather(const Params& p, u32 row_group, u32 parts, u32 lane) {
     constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 8 : ROW_TILES * GROUPS <= 4 ? 4 : 2;  // parts on their way at a time
     Sums whole = {};
-    const float4* from = first;
+    uint4* from = p.partial + (u64)row_group * p.most_parts * PART + lane;
 #pragma unroll 1
     for (u32 done = 0; done < parts; done += BATCH, from += BATCH * PART) {
-        float4 v[BATCH][ROW_TILES * GROUPS];
+        uint4 v[BATCH][ROW_TILES * GROUPS];
+        bool missing;
+        do {
+            missing = false;
 #pragma unroll
-        for (int e = 0; e < BATCH; e++)
+            for (int e = 0; e < BATCH; e++)
 #pragma unroll
-            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-                v[e][i] = make_float4(0, 0, 0, 0);
-                if (done + e < parts && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
-                    v[e][i] = __ldcg(from + e * PART + i * 32);
-            }
+                for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+                    v[e][i] = {0, 0, 0, 0};
+                    if (done + e < parts && has_columns(p, i % GROUPS, lane)) v[e][i] = receive16(from + e * PART + i * 32);
+                }
+#pragma unroll
+            for (int e = 0; e < BATCH; e++)
+#pragma unroll
+                for (int i = 0; i < ROW_TILES * GROUPS; i++)
+                    missing |= v[e][i].x == NOTHING || v[e][i].y == NOTHING || v[e][i].z == NOTHING || v[e][i].w == NOTHING;
+        } while (missing);
 #pragma unroll
         for (int e = 0; e < BATCH; e++)
 #pragma unroll
             for (int i = 0; i < ROW_TILES * GROUPS; i++) {  // adding the zero of a part that is not there changes no bit
-                whole[i / GROUPS][i % GROUPS][0] += v[e][i].x;
-                whole[i / GROUPS][i % GROUPS][1] += v[e][i].y;
-                whole[i / GROUPS][i % GROUPS][2] += v[e][i].z;
-                whole[i / GROUPS][i % GROUPS][3] += v[e][i].w;
+                whole[i / GROUPS][i % GROUPS][0] += __uint_as_float(v[e][i].x);
+                whole[i / GROUPS][i % GROUPS][1] += __uint_as_float(v[e][i].y);
+                whole[i / GROUPS][i % GROUPS][2] += __uint_as_float(v[e][i].z);
+                whole[i / GROUPS][i % GROUPS][3] += __uint_as_float(v[e][i].w);
+                if (done + e < parts && has_columns(p, i % GROUPS, lane)) send16(from + e * PART + i * 32, {NOTHING, NOTHING, NOTHING, NOTHING});
             }
     }
     write(p, whole, row_group, lane);
@@ -258,36 +268,33 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     Levels levels;
     if (ALU_WORDS > 0) levels = read_levels(p.table);
 
-    // The ring: `ahead` is what to ask for next.
+    // The ring: `ahead` is what to ask for next. All of it is known beforehand, so it may be read while the previous kernel runs.
     const u32 ring = shared + RING_AT + warp * (DEPTH * STAGE_BYTES), ring_full = shared + RING_FULL_AT + warp * (DEPTH * 8);
-    Segment ahead = at;
-    u32 ahead_step = step, ahead_group = row_group, filled = 0;
-    auto ask = [&]() {
-        if (ahead_group >= p.row_groups) return;
-        const u32 k = ahead.k, units = min(STAGE_UNITS - k % STAGE_UNITS, ahead.stop - k), to = ring + filled * STAGE_BYTES;
-        const u64 unit = (u64)ahead_group * p.k_blocks + k;
-        fill(ring_full + 8 * filled, to + k % STAGE_UNITS * UNIT_BYTES, p.weight + unit * UNIT_BYTES, units * UNIT_BYTES,
-             to + STAGE_UNITS * UNIT_BYTES + k % STAGE_UNITS * CODE_BYTES, p.codes + unit * CODE_BYTES, units * CODE_BYTES, lane);
-        if (++filled == DEPTH) filled = 0;
-        ahead.k += units;
-        ahead_step += units;
-        if (ahead.k == ahead.stop) {
-            ahead = segment_at(p, ahead_step, end);
-            ahead_group = row_group_of(ahead);
-        }
+    u32 ahead_step = step, ahead_k = at.k, ahead_stop = 0, filled = 0;
+    const u8 *ahead_weight = nullptr, *ahead_codes = nullptr;
+    auto enter = [&](const Segment& s) {
+        const u32 row_group = row_group_of(s);
+        const u64 unit = (u64)row_group * p.k_blocks + s.k;
+        ahead_k = s.k, ahead_stop = row_group < p.row_groups ? s.stop : 0;
+        ahead_weight = p.weight + unit * UNIT_BYTES, ahead_codes = p.codes + unit * CODE_BYTES;
     };
+    auto ask = [&]() {
+        if (ahead_stop == 0) return;
+        const u32 skip = ahead_k % STAGE_UNITS, units = min(STAGE_UNITS - skip, ahead_stop - ahead_k), to = ring + filled * STAGE_BYTES;
+        fill(ring_full + 8 * filled, to + skip * UNIT_BYTES, ahead_weight, units * UNIT_BYTES,
+             to + STAGE_UNITS * UNIT_BYTES + skip * CODE_BYTES, ahead_codes, units * CODE_BYTES, lane);
+        if (++filled == DEPTH) filled = 0;
+        ahead_k += units, ahead_step += units, ahead_weight += units * UNIT_BYTES, ahead_codes += units * CODE_BYTES;
+        if (ahead_k == ahead_stop) enter(segment_at(p, ahead_step, end));
+    };
+    enter(at);
     if (multiplies) {
         if (lane == 0) {
             for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
             barriers_are_there();
         }
         __syncwarp();
-        for (int i = 0; i < DEPTH; i++) ask();
-        if (EARLY && PREFETCH > 0 && ahead_group < p.row_groups) {
-            const u32 lines = min((u32)PREFETCH, ahead.stop - ahead.k) * (UNIT_BYTES / 128);
-            const u8* first = p.weight + ((u64)ahead_group * p.k_blocks + ahead.k) * UNIT_BYTES;
-            for (u32 i = lane; i < lines; i += 32) prefetch_far(first + i * 128);
-        }
+        for (int i = 0; i < (EARLY ? AHEAD : DEPTH); i++) ask();
     }
 
     // Tables and barriers, while the first weights are on their way.
@@ -322,6 +329,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     for (int q = 0; q < GROUPS; q++) x_row[q] = shared + X_AT + min(8 * q + g, p.m - 1) * X_ROW + t * 16;
 
     const u32 weight_lane = lane * 16, code_lane = STAGE_UNITS * UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
+    if (EARLY && at.stop) {
+        wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
+        for (int i = AHEAD; i < DEPTH; i++) ask();
+    }
+    // A row block that began before this block and ends here: what its blocks have left is added up in the end.
+    const u32 owned = at.k > 0 && at.stop == p.k_blocks ? row_group : p.row_groups, owned_block = at.row_block;
     u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {
         const bool active = row_group < p.row_groups;
@@ -364,14 +377,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
             if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
         if (active) {
-            const u32 begin = at.row_block * p.k_blocks;
-            const u32 from = owner(begin, steps, p.blocks), to = owner(begin + p.k_blocks - 1, steps, p.blocks);
-            if (from == to) write(p, sums, row_group, lane);
-            else leave(p, sums, row_group, blockIdx.x - from, to - from + 1, lane);
+            if (at.stop - at.k == p.k_blocks) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, blockIdx.x - owner(at.row_block * p.k_blocks, steps, p.blocks), lane);
         }
         step += at.stop - at.k;
         at = segment_at(p, step, end);
         row_group = row_group_of(at);
         if (row_group < p.row_groups) group = p.groups[row_group];
     }
+    if (owned < p.row_groups) gather(p, owned, blockIdx.x - owner(owned_block * p.k_blocks, steps, p.blocks) + 1, lane);
 }

@@ -2,7 +2,7 @@
 
 Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
 256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has 65,536 of them in four equal parts:
-16 warps may have 128 registers a thread, 8 may have 255. One warp of them fetches x.
+16 warps may have 128 registers a thread, 12 may have 168. One warp of them fetches x.
 
 The split of a weight is the same for 1 to 16 rows of x: it decides the order of additions, and a row of x must give the same bits in
 any batch. So the number of warps may depend on the weight and on the device, not on the rows.
@@ -21,8 +21,8 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
-#: warps that multiply, at most: with 128 registers a thread, and with 255
-MOST_WARPS, MOST_WIDE_WARPS = 15, 7
+#: warps that multiply, at most: with 128 registers a thread, and with 168
+MOST_WARPS, MOST_WIDE_WARPS = 15, 11
 
 _TABLE_AT, _MAPS, _X_ROW = 2048, 4096, 576
 
@@ -56,7 +56,7 @@ class Variant:
     table_stride  256 or 128 bytes
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
-    prefetch      with early: units of each warp fetched as far as L2 meanwhile
+    ahead         with early: stages asked for meanwhile
     """
 
     warps: int = MOST_WARPS
@@ -69,7 +69,7 @@ class Variant:
     table_stride: int = 256
     subs: int = 1
     early: bool = False
-    prefetch: int = 0
+    ahead: int = 1
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -94,14 +94,14 @@ class Variant:
 
 
 def choose_warps(row_groups: int, most: int) -> int:
-    """Warps of a block, `most` at most and not much less, so that few idle in the last row block.
+    """Warps of a block, `most` at most and three quarters of it at least, so that few idle in the last row block.
 
-    Fewer only where a weight has fewer row groups.
+    Fewer only where a weight has fewer row groups. With less than 12 warps a multiprocessor is slower, whatever divides.
     """
     if row_groups <= most:
         return row_groups
     return max(
-        range(most // 2 + 1, most + 1), key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps)
+        range(-(-3 * most // 4), most + 1), key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps)
     )
 
 
