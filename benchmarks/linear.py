@@ -53,8 +53,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 #: units in a stage, stages, stages asked for while the previous kernel runs
-RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 3), (2, 4, 1), (4, 2, 1), (4, 2, 2), (4, 3, 1), (1, 4, 2))
-TRIED = (Variant(early=True), Variant(early=True, ahead=2), Variant(early=True, alu_words=1), Variant())
+RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 1), (4, 2, 1), (4, 2, 2), (1, 4, 2))
+TRIED = (Variant(early=True), Variant(early=True, stage_units=2), Variant(early=True, alu_words=1), Variant())
 TUNED = (
     Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
     Variant(early=True, x_stages=2), Variant(early=True, table_stride=128), Variant(early=True, alu_words=1),
@@ -230,10 +230,10 @@ def prebuild(options: argparse.Namespace) -> float:
     start, arch, wanted = time.perf_counter(), driver.device_of(0).arch, set()
     for name in options.shapes:
         for m in options.rows:
-            row_groups = sum(SHAPES[name][0]) // 32
+            row_groups, k_blocks = sum(SHAPES[name][0]) // 32, SHAPES[name][1] // 64
             wanted |= set(fitting_variants(m, row_groups, TUNED if options.tune else TRIED).values())
             if m <= 64:
-                wanted.add(variants.default_variant(min(m, 32), 2, 1, row_groups, driver.device_of(0)))
+                wanted.add(variants.default_variant(min(m, 32), 2, 1, row_groups, k_blocks, driver.device_of(0)))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda variant: build.cubin("nf4_linear", arch, variant.defines), wanted))
     return time.perf_counter() - start

@@ -1,5 +1,5 @@
-// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another. Slow,
-// and strict: a copy lands when it is waited for and its target is garbage until then; addresses are checked for range and
+// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another, in a random
+// order. Slow, and strict: a copy lands when it is waited for and its target is garbage until then; addresses are checked for range and
 // alignment; shared memory begins as garbage.
 
 #include <pthread.h>
@@ -189,17 +189,14 @@ static u32 permute_bytes(u32 a, u32 b, u32 selector) {
 }
 static u32 __byte_perm(u32 a, u32 b, u32 selector) { return permute_bytes(a, b, selector & 0x7777); }  // as on the GPU: no signs
 
-static void send16(void* to, uint4 v) { memcpy(to, &v, 16); }
-static uint4 receive16(const void* from) {
-    uint4 v;
-    memcpy(&v, from, 16);
-    return v;
-}
+static u32 arrive(u32* counter) { return __sync_fetch_and_add(counter, 1u); }
+static void acquire() { __sync_synchronize(); }
 static void let_next_begin() {}
 static void wait_for_previous() {}
 static float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 static float __uint_as_float(u32 v) { return __int_as_float((int)v); }
-static u32 __float_as_uint(float v) { u32 bits; memcpy(&bits, &v, 4); return bits; }
+template <class T> static T __ldcg(const T* at) { return *at; }
+template <class T> static void __stcg(T* at, T v) { *at = v; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
 
@@ -208,7 +205,10 @@ template <class Kernel> static void run_blocks(u32 blocks, u32 warps, u32 shared
     shared_end = FIRST + shared_bytes;
     gridDim.x = blocks;
     for (int i = 0; i < 3; i++) readable[i] = {(const u8*)ranges[2 * i], (const u8*)ranges[2 * i + 1]};
-    for (u32 block = 0; block < blocks; block++) {  // in order: a block may wait for those before it
+    std::vector<u32> order(blocks);
+    for (u32 i = 0; i < blocks; i++) order[i] = i;
+    for (u32 i = blocks; i > 1; i--) std::swap(order[i - 1], order[rand() % i]);
+    for (u32 block : order) {
         memset(shared_memory, 0xee, sizeof shared_memory);
         for (u32 w = 0; w < warps; w++) pthread_barrier_init(&warp_barrier[w], nullptr, 32);
         pthread_barrier_init(&block_barrier, nullptr, 32 * warps);

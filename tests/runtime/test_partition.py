@@ -33,7 +33,7 @@ SHAPES = [
 def test_every_batch_of_1_to_16_has_the_same_split_and_fits(shape, device):
     found = set()
     for rows in range(1, 33):
-        variant = variants.default_variant(rows, 2, 1, shape[0] // 32, device)
+        variant = variants.default_variant(rows, 2, 1, shape[0] // 32, shape[1] // 64, device)
         assert variant.rows >= rows
         assert variant.shared_bytes(rows) <= device.shared_bytes
         assert variant.threads * (168 if variant.groups == 4 else 128) <= 65536

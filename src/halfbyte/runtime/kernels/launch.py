@@ -1,10 +1,10 @@
 """One call of a kernel: its variant, its workspace, its arguments.
 
-A buffer outlives a call: `partial`, where parts of results wait for the others. Between launches it holds NOTHING; a kernel leaves it
-so. It is kept per device and stream, and grows. A captured CUDA graph has its own: run the same call once outside of a graph
-first, which sizes it, loads the kernel and copies the small tables.
+Two buffers outlive a call: `partial`, where parts of results wait for the others, and the counters of those that have arrived (zero
+between launches; a kernel leaves them so). They are kept per device and stream, and grow. A captured CUDA graph has
+its own pair: run the same call once outside of a graph first, which sizes both, loads the kernel and copies the small tables.
 
-The catch: a graph's buffer is shared by all graphs of a device, so two graphs must not run at the same time.
+The catch: a graph's buffers are shared by all graphs of a device, so two graphs must not run at the same time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _LinearArguments(ctypes.Structure):
     """`Params` of nf4_linear.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters")),
         *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "row_blocks", "blocks")),
         *((name, ctypes.c_uint32) for name in ("maps_count", "most_parts")),
         ("unit", ctypes.c_float),
@@ -44,23 +44,22 @@ class _DequantizeArguments(ctypes.Structure):
     ]
 
 
-#: what no result is: the bits of a NaN, as int32
-NOTHING = -1
-
-
 class _Workspace:
-    """A buffer that outlives a call; grown ones are kept too, since a graph may hold their addresses."""
+    """Buffers that outlive a call; grown ones are kept too, since a graph may hold their addresses."""
 
     def __init__(self) -> None:
         self.kept: list[torch.Tensor] = []
-        self.partial = torch.empty(0, dtype=torch.int32)
+        self.partial = self.counters = torch.empty(0)
 
-    def ensure(self, words: int, device: torch.device) -> None:
+    def ensure(self, floats: int, counters: int, device: torch.device) -> None:
         """At least so many."""
         with torch.inference_mode(False):  # they live on: nobody may be kept from writing into them later
-            if self.partial.numel() < words:
-                self.partial = torch.full((words,), NOTHING, dtype=torch.int32, device=device)
+            if self.partial.numel() < floats:
+                self.partial = torch.empty(floats, dtype=torch.float32, device=device)
                 self.kept.append(self.partial)
+            if self.counters.numel() < counters:
+                self.counters = torch.zeros(max(counters, 8192), dtype=torch.int32, device=device)
+                self.kept.append(self.counters)
 
 
 _workspaces: dict[tuple[int, int], _Workspace] = {}
@@ -68,18 +67,18 @@ _workspaces: dict[tuple[int, int], _Workspace] = {}
 _GRAPH = -1
 
 
-def _workspace(device: torch.device, stream: int, words: int) -> _Workspace:
+def _workspace(device: torch.device, stream: int, floats: int, counters: int) -> _Workspace:
     index = device.index or 0
     capturing = torch.cuda.is_current_stream_capturing()
     for key in (_GRAPH,) if capturing else (_GRAPH, stream):
         space = _workspaces.setdefault((index, key), _Workspace())
-        if capturing and space.partial.numel() < words:
+        if capturing and (space.partial.numel() < floats or space.counters.numel() < counters):
             raise UsageError(
-                "a graph is captured before its buffer is there",
+                "a graph is captured before its buffers are there",
                 where="nf4_linear",
                 todo="run the same call once before the capture",
             )
-        space.ensure(words, device)
+        space.ensure(floats, counters, device)
     return space
 
 
@@ -110,18 +109,18 @@ def linear(
     device = driver.device_of(index)
     row_groups, k_blocks = weight.groups.shape[0], weight.k_blocks
     if variant is None:
-        variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, device)
+        variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, k_blocks, device)
     partition = partition_of(variant, row_groups, k_blocks, device)
     shared, most_parts = variant.shared_bytes(m), partition.most_parts
     if not 1 <= m <= variant.rows or shared > device.shared_bytes or x.data_ptr() % 16:
         raise UsageError(f"{m} rows of x and {shared} bytes of shared memory do not fit", where=str(variant))
     kernel = driver.function(index, "nf4_linear", variant.defines)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    space = _workspace(x.device, stream, row_groups * most_parts * variant.row_tiles * variant.groups * 128)
+    space = _workspace(x.device, stream, row_groups * most_parts * variant.row_tiles * variant.groups * 128, row_groups)
     y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device) if out is None else out
     arguments = _LinearArguments(
         **weight.pointers(), table=_small_tables(x.device)[0].data_ptr(), x=x.data_ptr(), y=y.data_ptr(),
-        partial=space.partial.data_ptr(), m=m, n=weight.rows, row_groups=row_groups,
+        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), m=m, n=weight.rows, row_groups=row_groups,
         k_blocks=k_blocks, row_blocks=partition.row_blocks, blocks=partition.blocks, maps_count=weight.maps.shape[0],
         most_parts=most_parts, unit=levels.UNIT,
     )  # fmt: skip

@@ -111,15 +111,13 @@ __device__ __forceinline__ u32 lane_id() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
-// To another block of the grid and from it, past this multiprocessor's cache; a word arrives whole.
-__device__ __forceinline__ void send16(void* to, uint4 v) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+// Count an arrival after everything this warp wrote (a barrier of the warp must come before), and see what others wrote before theirs.
+__device__ __forceinline__ u32 arrive(u32* counter) {
+    u32 before;
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
-__device__ __forceinline__ uint4 receive16(const void* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
-}
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Programmatic serialization: the next launch may begin; the previous one has ended and its writes are there.
 __device__ __forceinline__ void let_next_begin() {

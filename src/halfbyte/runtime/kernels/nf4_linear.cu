@@ -15,11 +15,9 @@
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
 //   * Scales stay one byte a block. A lane expands one of the unit's 32 (map[code] * nested + offset), shuffles hand them
 //     around, and they multiply fp32 accumulators. So the weight is never rounded, only the 16 levels are (Params::unit).
-//   * Where a row block is cut between blocks, each leaves its part in `partial`, and the last of them in the order of K adds all up, in
-//     that order, when its own work is done. It needs no counter and no fence: a part is there when it is no longer NOTHING, a value
-//     that no arithmetic gives. It waits for blocks of lower numbers only, which the machine starts first.
-//   * Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits, and a row of
-//     x gives the same bits in any batch of 1 to 16.
+//   * Where a row block is cut between blocks, each leaves its part in `partial`, and whoever arrives last adds all of them, in the order
+//     of K. Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits,
+//     and a row of x gives the same bits in any batch of 1 to 16.
 //
 // Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
 // CPU in tests/runtime/test_host.py.
@@ -36,10 +34,10 @@
 #define GROUPS 1       // groups of 8 columns: M <= 8 * GROUPS
 #endif
 #ifndef STAGE_UNITS
-#define STAGE_UNITS 2  // units in a stage of the ring: 1, 2 or 4
+#define STAGE_UNITS 4  // units in a stage of the ring: 1, 2 or 4
 #endif
 #ifndef DEPTH
-#define DEPTH 3        // stages in the ring of a warp
+#define DEPTH 2        // stages in the ring of a warp
 #endif
 #ifndef X_STAGES
 #define X_STAGES 4     // chunks of x that are on their way or in use
@@ -72,7 +70,8 @@ struct Params {
     const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
     const u16* x;         // [m][64 * k_blocks]
     u16* y;               // [m][n]
-    uint4* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32]: four floats each, NOTHING before and after
+    float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
+    u32* counters;        // [row groups], zero before and after
     u32 m, n, row_groups, k_blocks, row_blocks, blocks, maps_count, most_parts;
     float unit;
 };
@@ -127,56 +126,47 @@ __device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row
             }
 }
 
-#define NOTHING 0xffffffffu             // a NaN; results of arithmetic have 0x7fffffff for it
-#define PART (ROW_TILES * GROUPS * 32)  // uint4s of a part
+#define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
 
-// Whether this lane has columns of group q.
-__device__ __forceinline__ bool has_columns(const Params& p, u32 q, u32 lane) { return 8 * q + 2 * (lane & 3) < p.m; }
-
-// Leaves a warp's part of a row group, number `mine` in the order of K.
-__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
-    uint4* const part = p.partial + ((u64)row_group * p.most_parts + mine) * PART + lane;
+// Leaves a warp's part of a row group, number `mine` of `parts` in the order of K; the last of them to arrive adds all up and
+// writes the result.
+__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 parts, u32 lane) {
+    const bool useful = 2 * (lane & 3) < p.m;
+    float4* const first = reinterpret_cast<float4*>(p.partial) + (u64)row_group * p.most_parts * PART + lane;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * GROUPS; i++) {
         const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
-        if (has_columns(p, i % GROUPS, lane))
-            send16(part + i * 32, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
+        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(first + mine * PART + i * 32, make_float4(v[0], v[1], v[2], v[3]));
     }
-}
+    __syncwarp();
+    u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
+    before = __shfl_sync(~0u, before, 0);
+    if (before + 1 != parts) return;
+    if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
+    acquire();
 
-// Waits for the parts of a row group, adds them up and writes the result.
-__device__ __forceinline__ void gather(const Params& p, u32 row_group, u32 parts, u32 lane) {
     constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 8 : ROW_TILES * GROUPS <= 4 ? 4 : 2;  // parts on their way at a time
     Sums whole = {};
-    uint4* from = p.partial + (u64)row_group * p.most_parts * PART + lane;
+    const float4* from = first;
 #pragma unroll 1
     for (u32 done = 0; done < parts; done += BATCH, from += BATCH * PART) {
-        uint4 v[BATCH][ROW_TILES * GROUPS];
-        bool missing;
-        do {
-            missing = false;
+        float4 v[BATCH][ROW_TILES * GROUPS];
 #pragma unroll
-            for (int e = 0; e < BATCH; e++)
+        for (int e = 0; e < BATCH; e++)
 #pragma unroll
-                for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-                    v[e][i] = {0, 0, 0, 0};
-                    if (done + e < parts && has_columns(p, i % GROUPS, lane)) v[e][i] = receive16(from + e * PART + i * 32);
-                }
-#pragma unroll
-            for (int e = 0; e < BATCH; e++)
-#pragma unroll
-                for (int i = 0; i < ROW_TILES * GROUPS; i++)
-                    missing |= v[e][i].x == NOTHING || v[e][i].y == NOTHING || v[e][i].z == NOTHING || v[e][i].w == NOTHING;
-        } while (missing);
+            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
+                v[e][i] = make_float4(0, 0, 0, 0);
+                if (done + e < parts && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
+                    v[e][i] = __ldcg(from + e * PART + i * 32);
+            }
 #pragma unroll
         for (int e = 0; e < BATCH; e++)
 #pragma unroll
             for (int i = 0; i < ROW_TILES * GROUPS; i++) {  // adding the zero of a part that is not there changes no bit
-                whole[i / GROUPS][i % GROUPS][0] += __uint_as_float(v[e][i].x);
-                whole[i / GROUPS][i % GROUPS][1] += __uint_as_float(v[e][i].y);
-                whole[i / GROUPS][i % GROUPS][2] += __uint_as_float(v[e][i].z);
-                whole[i / GROUPS][i % GROUPS][3] += __uint_as_float(v[e][i].w);
-                if (done + e < parts && has_columns(p, i % GROUPS, lane)) send16(from + e * PART + i * 32, {NOTHING, NOTHING, NOTHING, NOTHING});
+                whole[i / GROUPS][i % GROUPS][0] += v[e][i].x;
+                whole[i / GROUPS][i % GROUPS][1] += v[e][i].y;
+                whole[i / GROUPS][i % GROUPS][2] += v[e][i].z;
+                whole[i / GROUPS][i % GROUPS][3] += v[e][i].w;
             }
     }
     write(p, whole, row_group, lane);
@@ -333,8 +323,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
         wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
         for (int i = AHEAD; i < DEPTH; i++) ask();
     }
-    // A row block that began before this block and ends here: what its blocks have left is added up in the end.
-    const u32 owned = at.k > 0 && at.stop == p.k_blocks ? row_group : p.row_groups, owned_block = at.row_block;
     u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {
         const bool active = row_group < p.row_groups;
@@ -377,13 +365,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
             if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
         if (active) {
-            if (at.stop - at.k == p.k_blocks) write(p, sums, row_group, lane);
-            else leave(p, sums, row_group, blockIdx.x - owner(at.row_block * p.k_blocks, steps, p.blocks), lane);
+            const u32 begin = at.row_block * p.k_blocks;
+            const u32 from = owner(begin, steps, p.blocks), to = owner(begin + p.k_blocks - 1, steps, p.blocks);
+            if (from == to) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, blockIdx.x - from, to - from + 1, lane);
         }
         step += at.stop - at.k;
         at = segment_at(p, step, end);
         row_group = row_group_of(at);
         if (row_group < p.row_groups) group = p.groups[row_group];
     }
-    if (owned < p.row_groups) gather(p, owned, blockIdx.x - owner(owned_block * p.k_blocks, steps, p.blocks) + 1, lane);
 }

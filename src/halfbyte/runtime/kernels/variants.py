@@ -21,6 +21,8 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
+#: steps of a block that are few
+FEW_STEPS = 16
 #: warps that multiply, at most: with 128 registers a thread, and with 168
 MOST_WARPS, MOST_WIDE_WARPS = 15, 11
 
@@ -62,8 +64,8 @@ class Variant:
     warps: int = MOST_WARPS
     row_tiles: int = 2
     groups: int = 1
-    stage_units: int = 2
-    depth: int = 3
+    stage_units: int = 4
+    depth: int = 2
     x_stages: int = 4
     alu_words: int = 0
     table_stride: int = 256
@@ -105,26 +107,30 @@ def choose_warps(row_groups: int, most: int) -> int:
     )
 
 
-def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, device: Device) -> Variant:
-    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md)."""
+def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
+    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md).
+
+    A block that has few steps to do asks for its weights in smaller pieces: the first product is earlier, the last piece fuller.
+    """
     groups = 1 if rows <= 8 else 2 if rows <= 16 else 4
     warps = choose_warps(row_groups, MOST_WARPS if groups < 4 else MOST_WIDE_WARPS)
+    steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
     variant = Variant(
-        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, early=device.capability >= (9, 0),
+        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if steps >= FEW_STEPS else 2,
+        early=device.capability >= (9, 0),
     )  # fmt: skip
     return fitting(variant, rows, device)
 
 
 def fitting(variant: Variant, rows: int, device: Device) -> Variant:
     """The variant with the larger table and all its stages if those fit, else with less. The bits are the same. raises UsageError"""
-    units, depth = variant.stage_units, variant.depth
-    less = (
-        (256, units, depth, variant.x_stages),
-        (256, units, depth, 2),
+    units, depth, stages = variant.stage_units, variant.depth, variant.x_stages
+    less = [(256, units, depth, n) for n in range(stages, 1, -1)] + [
         (128, units, depth, 2),
+        (128, 2, depth, 2),
         (128, 1, 3, 2),
         (128, 1, 2, 2),
-    )
+    ]
     for stride, units, depth, stages in less:
         tried = replace(variant, table_stride=stride, stage_units=units, depth=depth, x_stages=stages)
         if tried.shared_bytes(rows) <= device.shared_bytes:
