@@ -64,7 +64,8 @@ def linear(x: torch.Tensor, weight: Nf4Weight, warps: int, multiprocessors: int,
     pairs = np.stack([levels.bf16_values(table & 0xFFFF), levels.bf16_values(table >> 16)], axis=1).astype(np.float64)
     m, activations = x.shape[0], x.numpy()
     split = Partition.over(len(groups), k_blocks, warps, multiprocessors)
-    first_block, parts = split.parts()
+    first_block, parts = split.parts.astype(int).T
+    cuts = split.cuts.tolist()
     partial = np.full((len(groups), split.most_parts, r_tiles, column_groups, 32, 4), np.nan)
     left = np.zeros((len(groups), split.most_parts), dtype=int)
     y = np.full((m, weight.rows), np.nan)
@@ -80,7 +81,7 @@ def linear(x: torch.Tensor, weight: Nf4Weight, warps: int, multiprocessors: int,
                     y[column[keep], row[keep]] = sums[i, q, keep, c] * levels.UNIT
 
     for block, warp in itertools.product(range(split.blocks), range(warps)):
-        step, end = split.first_step(block), split.first_step(block + 1)
+        step, end = cuts[block], cuts[block + 1]
         while step < end:
             row_block, begin = divmod(step, k_blocks)
             stop = min(k_blocks, begin + end - step)

@@ -29,6 +29,7 @@ typedef unsigned char u8;
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 using std::max;
 using std::min;
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct int4 { int x, y, z, w; };
 struct float4 { float x, y, z, w; };

@@ -23,7 +23,7 @@ def _why_no_compiler() -> str | None:
 pytestmark = pytest.mark.skipif(_why_no_compiler() is not None, reason=_why_no_compiler() or "")
 
 VARIANTS = [
-    Variant(), Variant(groups=2), Variant(groups=2, subs=2), Variant(groups=4, warps=11), Variant(row_tiles=1),
+    Variant(), Variant(groups=2), Variant(groups=2, subs=2), Variant(groups=4, warps=12), Variant(row_tiles=1),
     Variant(alu_words=4), Variant(subs=2), Variant(table_stride=128, alu_words=1),
 ]  # fmt: skip
 

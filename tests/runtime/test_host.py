@@ -35,10 +35,11 @@ HERE = Path(__file__).parent
 CASES = [
     # variant, parts, columns, m, blocks
     (Variant(warps=2), (64, 32), 320, 1, 1),
+    (Variant(warps=3, stage_units=2, depth=3, x_stages=5), (64, 64, 32), 1600, 3, 4),
     (Variant(warps=2, stage_units=1, depth=2, x_stages=2), (96, 64), 448, 8, 4),
     (Variant(warps=2), (32,), 64, 3, 3),  # one step
     (Variant(warps=3), (64, 32), 192, 2, 8),  # as many blocks as steps
-    (Variant(warps=5, x_stages=1), (64, 64), 1088, 5, 2),  # a warp without a row group; one stage
+    (Variant(warps=5, x_stages=2), (64, 64), 1088, 5, 2),  # a warp without a row group
     (Variant(warps=2, groups=2, stage_units=4, depth=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 5),
     (Variant(warps=3, early=True, ahead=2, table_stride=128), (96, 64), 448, 4, 1),
     (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
@@ -52,7 +53,7 @@ def library(name: str, defines: tuple[str, ...], folder: Path) -> Any:
     source = build.source_of(name, machine='#include "host_machine.h"')
     source += (
         'extern "C" void run(const Params* p, u32 blocks, u32 shared_bytes, const void* const* ranges) {\n'
-        f"    run_blocks(blocks, BLOCK_WARPS, shared_bytes, ranges, [=] {{ {name}(*p); }});\n}}\n"
+        f"    run_blocks(blocks, WARPS, shared_bytes, ranges, [=] {{ {name}(*p); }});\n}}\n"
     )
     file = folder / f"{name}-{abs(hash(defines))}.cpp"
     file.write_text(source, encoding="utf-8")
@@ -107,8 +108,9 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     table = levels.pair_table()
     arguments = launch._LinearArguments(
         **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
-        counters=counters.data_ptr(), m=m, n=weight.rows, row_groups=row_groups, k_blocks=weight.k_blocks,
-        row_blocks=partition.row_blocks, blocks=partition.blocks, maps_count=len(parts), most_parts=most_parts, unit=levels.UNIT,
+        counters=counters.data_ptr(), cuts=partition.cuts.ctypes.data, parts=partition.parts.ctypes.data, m=m, n=weight.rows,
+        row_groups=row_groups, k_blocks=weight.k_blocks, row_blocks=partition.row_blocks, maps_count=len(parts),
+        most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip
     run = library("nf4_linear", variant.defines, folder).run
     ranges = ranges_of(weight.tiles, weight.codes, x)

@@ -27,9 +27,9 @@ class _LinearArguments(ctypes.Structure):
     """`Params` of nf4_linear.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters")),
-        *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "row_blocks", "blocks")),
-        *((name, ctypes.c_uint32) for name in ("maps_count", "most_parts")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "cuts", "parts")),
+        *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "row_blocks")),
+        *((name, ctypes.c_uint32) for name in ("maps_count", "most_parts", "reserved")),
         ("unit", ctypes.c_float),
     ]
 
@@ -96,6 +96,13 @@ def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: varia
     return partition
 
 
+@cache
+def _split(partition: Partition, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its cuts and parts on the device."""
+    cuts, parts = (torch.from_numpy(array.view(np.int32)).to(device) for array in (partition.cuts, partition.parts))
+    return cuts, parts
+
+
 def linear(
     x: torch.Tensor, weight: Tensors, variant: Variant | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -115,14 +122,15 @@ def linear(
     if not 1 <= m <= variant.rows or shared > device.shared_bytes or x.data_ptr() % 16:
         raise UsageError(f"{m} rows of x and {shared} bytes of shared memory do not fit", where=str(variant))
     kernel = driver.function(index, "nf4_linear", variant.defines)
+    cuts, parts = _split(partition, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     space = _workspace(x.device, stream, row_groups * most_parts * variant.row_tiles * variant.groups * 128, row_groups)
     y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device) if out is None else out
     arguments = _LinearArguments(
         **weight.pointers(), table=_small_tables(x.device)[0].data_ptr(), x=x.data_ptr(), y=y.data_ptr(),
-        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), m=m, n=weight.rows, row_groups=row_groups,
-        k_blocks=k_blocks, row_blocks=partition.row_blocks, blocks=partition.blocks, maps_count=weight.maps.shape[0],
-        most_parts=most_parts, unit=levels.UNIT,
+        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), cuts=cuts.data_ptr(), parts=parts.data_ptr(),
+        m=m, n=weight.rows, row_groups=row_groups, k_blocks=k_blocks, row_blocks=partition.row_blocks,
+        maps_count=weight.maps.shape[0], most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip
     with torch.cuda.device(x.device):
         driver.launch(kernel, partition.blocks, variant.threads, shared, stream, arguments, variant.early)

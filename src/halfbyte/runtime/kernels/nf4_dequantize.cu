@@ -11,7 +11,6 @@
 #define SUBS 1
 #endif
 #define WARPS 8
-#define BLOCK_WARPS WARPS
 
 #include "machine.cuh"
 

@@ -4,12 +4,13 @@
 // bytes, for which memory needs 60 cycles, and 32 of the table's words, one word a bank and cycle. So everything else keeps off it:
 //   * A *unit* is ROW_TILES tiles of 16 rows x 64 columns. A warp has one row group of a *row block* (WARPS of them) and walks along K;
 //     all warps of a block are at about the same k. A *step* is a row block x 64 columns. All steps form one sequence, row block
-//     after row block; each block of the grid takes an equal, contiguous part of it. No multiprocessor idles, whatever N and K are.
+//     after row block; each block of the grid takes a contiguous part of it, all about equal. No multiprocessor idles, whatever N and K are.
 //   * Weights are read once, by the copy engine, STAGE_UNITS units at a time, into a ring private to the warp; DEPTH stages of them are
 //     on their way or in use. Straight to registers would be one pass through shared memory less, but the compiler has one counter
 //     for all loads of a loop, so that using the oldest waits for the newest (docs/log.md).
-//   * x is shared by the warps of a block and passes by in chunks of CHUNK * 64 columns, X_STAGES of which are kept. One warp more does
-//     nothing but fetch them. So x costs neither time before the first product nor room, however many columns it has.
+//   * x is shared by the warps of a block and passes by in chunks of CHUNK * 64 columns, X_STAGES of which are kept. The warps take turns
+//     in fetching them. So x costs neither time before the first product nor room, however many columns it has, and all warps
+//     multiply: 16 of them are four for each quarter of a multiprocessor, and none is done before the others.
 //   * A byte of weight is a pair of levels. One look-up in a shared table, replicated for each bank (no conflicts), turns it
 //     into the register that mma.m16n8k16 wants: weights are its M side, activations its 8 columns. So M = 1..8 costs the same.
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
@@ -25,7 +26,7 @@
 #include "machine.cuh"
 
 #ifndef WARPS
-#define WARPS 16       // warps that multiply; one more fetches x
+#define WARPS 16       // warps in a block
 #endif
 #ifndef ROW_TILES
 #define ROW_TILES 2    // row tiles in a unit: 1 or 2
@@ -57,7 +58,6 @@
 #ifndef AHEAD
 #define AHEAD 1        // with EARLY: stages that are asked for while the previous kernel still runs; more would be in its way
 #endif
-#define BLOCK_WARPS (WARPS + 1)
 #define CHUNK 4        // blocks of 64 columns in a chunk of x
 #define MAPS 4         // parts stacked in one weight, at most
 
@@ -72,11 +72,13 @@ struct Params {
     u16* y;               // [m][n]
     float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
     u32* counters;        // [row groups], zero before and after
-    u32 m, n, row_groups, k_blocks, row_blocks, blocks, maps_count, most_parts;
+    const u32* cuts;      // [blocks + 1]: block b has steps cuts[b] .. cuts[b + 1] - 1
+    const uint2* parts;   // [row blocks]: the first block that has some of it, how many have
+    u32 m, n, row_groups, k_blocks, row_blocks, maps_count, most_parts, reserved;
     float unit;
 };
 
-static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
+static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && AHEAD <= DEPTH && X_STAGES >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
 
 // Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
 // TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.
@@ -90,16 +92,13 @@ static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 
 #define MAP_AT (TABLE_AT + TABLE_BYTES)
 #define STAGE_BYTES (STAGE_UNITS * (UNIT_BYTES + CODE_BYTES))
 #define RING_AT (MAP_AT + MAPS * 1024)
-#define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
-#define X_ROW (CHUNK * 128 + 64)         // 64 more than a chunk has: two rows lie in different banks
+#define X_AT ((RING_AT + WARPS * DEPTH * STAGE_BYTES + 127) & ~127)
+#define X_ROW (CHUNK * 128)              // odd rows have the halves of 128 bytes swapped: two rows lie in different banks
+#define LEAD (X_STAGES > 3 ? X_STAGES - 2 : 1)  // chunks of x that are asked for ahead of the one in use
 
 static_assert(RING_FULL_AT + 8 * WARPS * DEPTH <= TABLE_AT, "barriers");
 
 #include "decode.cuh"
-
-// Block b has steps [first_step(b), first_step(b + 1)). The host checks that (steps + 1) * blocks fits 32 bits.
-__device__ __forceinline__ u32 first_step(u32 b, u32 steps, u32 blocks) { return b * steps / blocks; }
-__device__ __forceinline__ u32 owner(u32 step, u32 steps, u32 blocks) { return ((step + 1) * blocks - 1) / steps; }
 
 // Steps of one row block that lie together: its blocks of 64 columns k .. stop - 1. None: stop = 0.
 struct Segment {
@@ -172,26 +171,16 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     write(p, whole, row_group, lane);
 }
 
-// The warp that fetches x: chunk after chunk, in the order in which the others use them.
-__device__ __forceinline__ void fetch(const Params& p, u32 shared, u32 step, u32 end, u32 lane) {
-    const u32 stage_bytes = p.m * X_ROW;
-    u32 stage = 0, turn = 0;
-    for (Segment at = segment_at(p, step, end); at.stop; at = segment_at(p, step, end)) {
-        for (u32 c = at.k / CHUNK; c * CHUNK < at.stop; c++) {
-            if (turn > 0) wait_at(shared + FREE_AT + 8 * stage, (turn - 1) & 1);
-            const u32 pieces = min((u32)CHUNK, p.k_blocks - c * CHUNK) * 8;  // 16 bytes of a row each; 32 at most
-            const u16* from = p.x + c * (CHUNK * 64) + lane * 8;
-            const u32 to = shared + X_AT + stage * stage_bytes + lane * 16;
-            if (lane < pieces)
-                for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW, from + (u64)row * p.k_blocks * 64);
-            arrive_when_copied(shared + FULL_AT + 8 * stage);
-            if (++stage == X_STAGES) stage = 0, turn++;
-        }
-        step += at.stop - at.k;
-    }
+// Fetches a chunk of x: blocks k .. k + CHUNK - 1 of all rows, those that there are.
+__device__ __forceinline__ void fetch(const Params& p, u32 k, u32 to, u32 full, u32 lane) {
+    const u16* from = p.x + k * 64 + lane * 8;
+    if (lane < (p.k_blocks - k) * 8)  // 16 bytes of a row each
+        for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), from + (u64)row * p.k_blocks * 64);
+    arrive_when_copied(full);
 }
 
-// sums += a unit; `scale`: of the row that this lane expands; x: the lane's 16 bytes of columns 0 .. 31, then of 32 .. 63.
+// sums += a unit; `scale`: of the row that this lane expands; x: where the lane's 16 bytes of columns 0 .. 31 are; those of 32 .. 63
+// lie in the other half of the 128 bytes.
 __device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[ROW_TILES], const float (&scale)[SUBS], const u32 (&x)[GROUPS], u32 home, const Levels& levels, u32 lane) {
     constexpr bool HALVES = SUBS == 2 || GROUPS > 2;  // scale each half by itself: with many groups, to hold fewer sums at a time
     float acc[ROW_TILES][GROUPS][4];
@@ -199,7 +188,7 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[RO
     for (int half = 0; half < 2; half++) {
         uint4 b[GROUPS];
 #pragma unroll
-        for (int q = 0; q < GROUPS; q++) b[q] = read16(x[q] + half * 64);
+        for (int q = 0; q < GROUPS; q++) b[q] = read16(x[q] ^ half * 64);
 #pragma unroll
         for (int n = 0; n < 2 * ROW_TILES; n++) {  // tile after tile, or word after word, which needs more registers and waits less
             const int i = HALVES ? n / 2 : n % ROW_TILES, odd = HALVES ? n % 2 : n / ROW_TILES;
@@ -228,28 +217,26 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[RO
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
     const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
     const u32 lane = lane_id(), warp = threadIdx.x >> 5;
     const u32 g = lane >> 2, t = lane & 3;
-    const u32 steps = p.row_blocks * p.k_blocks;
-    const u32 end = first_step(blockIdx.x + 1, steps, p.blocks);
-    u32 step = first_step(blockIdx.x, steps, p.blocks);
+    const u32 end = p.cuts[blockIdx.x + 1];
+    u32 step = p.cuts[blockIdx.x];
     Segment at = segment_at(p, step, end);
-    const bool multiplies = warp < WARPS;
-    auto row_group_of = [&](const Segment& s) { return multiplies && s.stop ? s.row_block * WARPS + warp : p.row_groups; };
+    auto row_group_of = [&](const Segment& s) { return s.stop ? s.row_block * WARPS + warp : p.row_groups; };
     u32 row_group = row_group_of(at);  // a warp of the last row block may have none: it keeps the others company
 
     // Small things first: behind the weights they would wait for those.
     int4 group = {0, 0, 0, 0};
     if (row_group < p.row_groups) group = p.groups[row_group];
-    constexpr u32 THREADS = BLOCK_WARPS * 32;
-    constexpr u32 ENTRIES = ALU_WORDS < 4 ? (256 + BLOCK_WARPS * 4 - 1) / (BLOCK_WARPS * 4) : 0, VALUES = (MAPS * 256 + THREADS - 1) / THREADS;
+    constexpr u32 THREADS = WARPS * 32;
+    constexpr u32 ENTRIES = ALU_WORDS < 4 ? (256 + WARPS * 4 - 1) / (WARPS * 4) : 0, VALUES = (MAPS * 256 + THREADS - 1) / THREADS;
     const u32 first_entry = warp * 4 + (lane >> 3);
     u32 pairs[ENTRIES + 1];
     float values[VALUES];
 #pragma unroll
-    for (u32 i = 0; i < ENTRIES; i++) pairs[i] = p.table[min(first_entry + i * BLOCK_WARPS * 4, 255u)];
+    for (u32 i = 0; i < ENTRIES; i++) pairs[i] = p.table[min(first_entry + i * WARPS * 4, 255u)];
 #pragma unroll
     for (u32 i = 0; i < VALUES; i++) {
         const u32 value = threadIdx.x + i * THREADS;
@@ -278,14 +265,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
         if (ahead_k == ahead_stop) enter(segment_at(p, ahead_step, end));
     };
     enter(at);
-    if (multiplies) {
-        if (lane == 0) {
-            for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
-            barriers_are_there();
-        }
-        __syncwarp();
-        for (int i = 0; i < (EARLY ? AHEAD : DEPTH); i++) ask();
+    if (lane == 0) {
+        for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
+        barriers_are_there();
     }
+    __syncwarp();
+    for (int i = 0; i < (EARLY ? AHEAD : DEPTH); i++) ask();
 
     // Tables and barriers, while the first weights are on their way.
     if (threadIdx.x == 0) {
@@ -296,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     }
 #pragma unroll
     for (u32 i = 0; i < ENTRIES; i++) {
-        const u32 entry = first_entry + i * BLOCK_WARPS * 4;
+        const u32 entry = first_entry + i * WARPS * 4;
         if (entry < 256) store_four_times(shared + TABLE_AT + entry * TABLE_STRIDE + (lane & 7) * 16, pairs[i]);
     }
 #pragma unroll
@@ -306,17 +291,36 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
     }
     if (EARLY) let_next_begin();
     __syncthreads();
-    if (!multiplies) {  // all that the previous kernel may write or still read comes behind x
-        if (EARLY) wait_for_previous();
-        fetch(p, shared, step, end, lane);
-        return;
-    }
+
+    // Chunks of x, one warp after another. What the previous kernel may write or still read is touched behind the first of them only.
+    const u32 stage_bytes = p.m * X_ROW;
+    u32 x_step = step, x_k = at.k, x_stop = at.stop, x_to = 0, x_turn = 0, x_warp = 0;
+    auto fetch_next = [&]() {
+        if (x_stop == 0) return;
+        if (x_warp == warp) {
+            if (x_turn > 0) wait_at(shared + FREE_AT + 8 * x_to, (x_turn - 1) & 1);
+            fetch(p, x_k & ~(CHUNK - 1), shared + X_AT + x_to * stage_bytes, shared + FULL_AT + 8 * x_to, lane);
+        }
+        if (++x_warp == WARPS) x_warp = 0;
+        if (++x_to == X_STAGES) x_to = 0, x_turn++;
+        const u32 next = min((x_k | (CHUNK - 1)) + 1, x_stop);
+        x_step += next - x_k, x_k = next;
+        if (next == x_stop) {
+            const Segment s = segment_at(p, x_step, end);
+            x_k = s.k, x_stop = s.stop;
+        }
+    };
+    if (EARLY && warp < LEAD) wait_for_previous();
+    for (int i = 0; i < LEAD; i++) fetch_next();
 
     const u32 own_row = 8 * (t & (2 * ROW_TILES - 1)) + g;  // the row whose scales this lane expands
-    const u32 row_scales = p.k_blocks * SUBS, stage_bytes = p.m * X_ROW, home = shared | lane * 4;
+    const u32 row_scales = p.k_blocks * SUBS, home = shared | lane * 4;
     u32 x_row[GROUPS];  // a column past m reads the last row; nobody looks at its result
 #pragma unroll
-    for (int q = 0; q < GROUPS; q++) x_row[q] = shared + X_AT + min(8 * q + g, p.m - 1) * X_ROW + t * 16;
+    for (int q = 0; q < GROUPS; q++) {
+        const u32 row = min(8 * q + g, p.m - 1);
+        x_row[q] = shared + X_AT + row * X_ROW + (row & 1) * 64 + t * 16;
+    }
 
     const u32 weight_lane = lane * 16, code_lane = STAGE_UNITS * UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
     if (EARLY && at.stop) {
@@ -333,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
         Sums sums = {};
 #pragma unroll 1
         for (u32 k = at.k & ~(CHUNK - 1); k < at.stop; k += CHUNK) {
+            fetch_next();
             wait_at(shared + FULL_AT + 8 * x_stage, x_parity);
 #pragma unroll
             for (int d = 0; d < CHUNK; d++) {
@@ -365,10 +370,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_WARPS * 32, 1) nf4_linear(con
             if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
         if (active) {
-            const u32 begin = at.row_block * p.k_blocks;
-            const u32 from = owner(begin, steps, p.blocks), to = owner(begin + p.k_blocks - 1, steps, p.blocks);
-            if (from == to) write(p, sums, row_group, lane);
-            else leave(p, sums, row_group, blockIdx.x - from, to - from + 1, lane);
+            const uint2 parts = p.parts[at.row_block];
+            if (parts.y == 1) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, blockIdx.x - parts.x, parts.y, lane);
         }
         step += at.stop - at.k;
         at = segment_at(p, step, end);

@@ -1,14 +1,14 @@
 """The compile-time choices of `nf4_linear.cu`, what they need, and how many warps a weight is split over.
 
 Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
-256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has 65,536 of them in four equal parts:
-16 warps may have 128 registers a thread, 12 may have 168. One warp of them fetches x.
+256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has
+65,536 of them in four equal parts: 16 warps may have 128 registers a thread, 12 may have 168. A number of warps that four does
+not divide leaves one quarter with less to do: its warps are done early, and the others late.
 
 The split of a weight is the same for 1 to 16 rows of x: it decides the order of additions, and a row of x must give the same bits in
 any batch. So the number of warps may depend on the weight and on the device, not on the rows.
 
-The catch: row groups that the number of warps does not divide leave warps idle in the last row block, so a number that divides well is
-preferred to the largest.
+The catch: row groups that the number of warps does not divide leave warps idle in the last row block.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
+#: row blocks beyond which it does not matter that the last one is not full
+MANY_ROW_BLOCKS = 8
 #: steps of a block that are few
 FEW_STEPS = 16
-#: warps that multiply, at most: with 128 registers a thread, and with 168
-MOST_WARPS, MOST_WIDE_WARPS = 15, 11
+#: warps of a block, at most: with 128 registers a thread, and with 168
+MOST_WARPS, MOST_WIDE_WARPS = 16, 12
 
-_TABLE_AT, _MAPS, _X_ROW = 2048, 4096, 576
+_TABLE_AT, _MAPS, _X_ROW = 2048, 4096, 512
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compile the kernel. Defaults are what the source has, but for the warps.
+    """One way to compile the kernel. Defaults are what the source has.
 
-    warps         that multiply; a block has one more
+    warps         of a block
     row_tiles     of 16 rows in a unit; a property of the layout
     groups        of 8 rows of x
     stage_units   units in a stage of a warp's ring: 1, 2 or 4
@@ -81,7 +83,7 @@ class Variant:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * (self.warps + 1)
+        return 32 * self.warps
 
     @property
     def rows(self) -> int:
@@ -92,19 +94,17 @@ class Variant:
         """Shared memory of a block with `rows` rows of x; the same sums as X_AT in the source."""
         table = 0 if self.alu_words == 4 else 256 * self.table_stride
         stage = self.stage_units * self.row_tiles * (512 + 16 * self.subs)
-        return _TABLE_AT + table + _MAPS + self.warps * self.depth * stage + self.x_stages * rows * _X_ROW
+        before = _TABLE_AT + table + _MAPS + self.warps * self.depth * stage
+        return -(-before // 128) * 128 + self.x_stages * rows * _X_ROW
 
 
 def choose_warps(row_groups: int, most: int) -> int:
-    """Warps of a block, `most` at most and three quarters of it at least, so that few idle in the last row block.
-
-    Fewer only where a weight has fewer row groups. With less than 12 warps a multiprocessor is slower, whatever divides.
-    """
+    """Warps of a block: `most`, or for a small weight a number, half of it at least, of which few idle in the last row block."""
     if row_groups <= most:
         return row_groups
-    return max(
-        range(-(-3 * most // 4), most + 1), key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps)
-    )
+    if row_groups >= MANY_ROW_BLOCKS * most:
+        return most
+    return max(range(most // 2, most + 1), key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
 
 
 def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
