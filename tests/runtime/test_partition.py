@@ -48,7 +48,7 @@ def test_every_batch_of_1_to_16_has_the_same_split_and_fits(shape, device):
 def test_few_warps_idle(row_groups, most):
     warps = variants.choose_warps(row_groups, most)
     assert warps <= most
-    assert row_groups / (-(-row_groups // warps) * warps) >= 0.9
+    assert row_groups / (-(-row_groups // warps) * warps) >= (0.95 if row_groups > 100 else 0.75)
 
 
 @pytest.mark.parametrize("case", [(7, 9, 2, 3), (1, 1, 1, 1), (168, 336, 16, 132), (3, 5, 2, 7), (1344, 84, 16, 132)])

@@ -21,8 +21,6 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
-#: row blocks beyond which it does not matter that the last one is not full
-MANY_ROW_BLOCKS = 8
 #: steps of a block that are few
 FEW_STEPS = 16
 #: warps of a block, at most: with 128 registers a thread, and with 168
@@ -99,12 +97,14 @@ class Variant:
 
 
 def choose_warps(row_groups: int, most: int) -> int:
-    """Warps of a block: `most`, or for a small weight a number, half of it at least, of which few idle in the last row block."""
+    """Warps of a block, `most` at most and three quarters of it at least: of the even numbers the one that leaves fewest idle.
+
+    Fewer only where a weight has fewer row groups. With less than 12 warps a multiprocessor is slower, whatever divides.
+    """
     if row_groups <= most:
         return row_groups
-    if row_groups >= MANY_ROW_BLOCKS * most:
-        return most
-    return max(range(most // 2, most + 1), key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
+    tried = range(-(-3 * most // 4), most + 1, 2)
+    return max(tried, key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
 
 
 def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
@@ -116,7 +116,7 @@ def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blo
     warps = choose_warps(row_groups, MOST_WARPS if groups < 4 else MOST_WIDE_WARPS)
     steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
     variant = Variant(
-        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if steps >= FEW_STEPS else 2,
+        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if groups < 4 and steps >= FEW_STEPS else 2,
         early=device.capability >= (9, 0),
     )  # fmt: skip
     return fitting(variant, rows, device)
