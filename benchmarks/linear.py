@@ -9,8 +9,8 @@ are captured in a CUDA graph, each with the next copy, and the graph is replayed
 median and range over replays. The ceiling is a device-to-device copy (bytes read and written), measured first; the
 bytes that count for a linear are those of the weight (0.516 a weight), of x and of y. Every contender is checked against the
 exact weights in float64 before it is timed: a wrong one is not timed. `early` is the same kernel launched so that it may
-read weights before its predecessor has ended (`early1`, or `early2` where both fit a multiprocessor at once; `p12`: and 12 units of each warp are fetched into L2). Names of variants: warps,
-stages, words decoded by permutes, bytes between table entries, slices of K. The last line is one JSON object, the table in short;
+read weights before its predecessor has ended (`early2`: two stages of the ring). Names of variants: warps, stages
+times units of the ring, stages of x, words decoded by permutes, bytes between table entries. The last line is one JSON object, the table in short;
 `--out` writes every row.
 """
 
@@ -52,22 +52,15 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
-TRIED = (
-    Variant(alu_words=1), Variant(alu_words=2), Variant(alu_words=4), Variant(table_stride=128), Variant(depth=3),
-    Variant(warps=8, depth=6), Variant(warps=12, depth=5), Variant(warps=24, depth=3), Variant(early=True),
-    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128),
-    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12),
-    Variant(warps=8, depth=5, early=True, resident=2, table_stride=128, prefetch=12),
-    Variant(warps=12, depth=4, early=True, resident=2, alu_words=4),
-)  # fmt: skip
+#: units in a stage, stages, stages asked for while the previous kernel runs
+RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2))
+TRIED = (Variant(early=True), Variant(early=True, stage_units=2), Variant(early=True, alu_words=1), Variant())
 TUNED = (
-    *TRIED, Variant(depth=2), Variant(warps=8, depth=8), Variant(warps=8, depth=4), Variant(warps=12),
-    Variant(warps=12, depth=4, alu_words=1), Variant(warps=20, depth=3), Variant(warps=16, depth=3, alu_words=1),
-    Variant(warps=24, depth=2), Variant(early=True, prefetch=16), Variant(early=True, prefetch=16, alu_words=1),
-    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=24),
-    Variant(warps=12, depth=3, early=True, resident=2, table_stride=128, prefetch=12, alu_words=1),
-    Variant(warps=24, depth=3, alu_words=1), Variant(warps=12, depth=6, early=True),
+    Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
+    *(Variant(early=True, x_stages=n) for n in (2, 3, 5, 6)), Variant(early=True, alu_words=1),
 )  # fmt: skip
+#: warps that --tune tries beside the number that divides the weight best
+TUNED_WARPS = (12, 14)
 #: relative error above which a contender is wrong (y itself is rounded to bf16: 1.7e-3)
 WRONG = 1e-2
 CALLS = 12
@@ -125,24 +118,25 @@ def contenders(weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]) ->
         jobs["bitsandbytes"] = lambda i: [matmul_4bit(x, *part) for part in weights.theirs[i % weights.count]]
     jobs["ours"] = lambda i: weights.modules[i % weights.count](x)
     ours = [weight.tensors for weight in weights.ours]
-    for name, variant in fitting_variants(x.shape[0], weights.columns // 64, tried).items():
+    for name, variant in fitting_variants(x.shape[0], weights.rows // 32, tried).items():
         jobs[name] = lambda i, variant=variant: launch.linear(x, ours[i % weights.count], variant)
     return jobs
 
 
-def fitting_variants(m: int, k_blocks: int, tried: tuple[Variant, ...]) -> dict[str, Variant]:
-    """Those that fit this device, under a short name."""
+def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dict[str, Variant]:
+    """Those that fit this device, with the warps that suit the weight, under a short name; the first one also with other warps."""
     device, found = driver.device_of(0), {}
-    for variant in tried if m <= 16 else ():
-        grouped = replace(variant, groups=1 if m <= 8 else 2)
-        try:
-            chosen = grouped if variant.table_stride == 128 else variants.fitting(grouped, m, k_blocks, device)
-            slices = variants.slices_for(chosen, k_blocks, device)
-        except variants.UsageError:
+    best = variants.choose_warps(row_groups, variants.MOST_WARPS)
+    counts = TUNED_WARPS if len(tried) > len(TRIED) else ()
+    for variant in (*(replace(v, warps=best) for v in tried), *(replace(tried[0], warps=n) for n in counts if tried)):
+        if m > variants.MOST_ROWS:
             continue
-        if chosen.shared_bytes(m, -(-k_blocks // slices)) <= device.shared_bytes:
-            name = f"w{chosen.warps} d{chosen.depth} alu{chosen.alu_words} t{chosen.table_stride} s{slices}"
-            found[name + (f" early{chosen.resident} p{chosen.prefetch}" if chosen.early else "")] = chosen
+        chosen = replace(variant, groups=1 if m <= 8 else 2 if m <= 16 else 4)
+        if chosen.groups == 4:  # more registers a thread, so fewer warps
+            chosen = replace(chosen, warps=variants.choose_warps(row_groups, variants.MOST_WIDE_WARPS))
+        if chosen.shared_bytes(m) <= device.shared_bytes:
+            name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride}"
+            found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
     return found
 
 
@@ -236,10 +230,10 @@ def prebuild(options: argparse.Namespace) -> float:
     start, arch, wanted = time.perf_counter(), driver.device_of(0).arch, set()
     for name in options.shapes:
         for m in options.rows:
-            k_blocks = SHAPES[name][1] // 64
-            wanted |= set(fitting_variants(m, k_blocks, TUNED if options.tune else TRIED).values())
+            row_groups, k_blocks = sum(SHAPES[name][0]) // 32, SHAPES[name][1] // 64
+            wanted |= set(fitting_variants(m, row_groups, TUNED if options.tune else TRIED).values())
             if m <= 64:
-                wanted.add(variants.default_variant(min(m, 32), 2, 1, k_blocks, driver.device_of(0)))
+                wanted.add(variants.default_variant(min(m, 32), 2, 1, row_groups, k_blocks, driver.device_of(0)))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda variant: build.cubin("nf4_linear", arch, variant.defines), wanted))
     return time.perf_counter() - start

@@ -7,13 +7,14 @@ or in the layout gives a wrong product.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from halfbyte.runtime.kernels import levels
-from halfbyte.runtime.kernels.partition import Partition, first_unit, owner
+from halfbyte.runtime.kernels.partition import Partition
 from halfbyte.runtime.linear.weight import Nf4Weight
 
 LANE = np.arange(32)
@@ -47,24 +48,26 @@ def multiply(acc: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
 
 @dataclass
 class Walk:
-    """A launch: the result, and how often each part was left."""
+    """A launch: the result, how often each part of a row group was left, and how many it has."""
 
     y: np.ndarray
     left: np.ndarray
+    parts: np.ndarray
 
 
-def linear(x: torch.Tensor, weight: Nf4Weight, slices: int, warps: int, column_groups: int) -> Walk:
-    """x [m, columns] float64 -> [m, rows], by `slices` slices of `warps` warps each."""
+def linear(x: torch.Tensor, weight: Nf4Weight, warps: int, multiprocessors: int, column_groups: int) -> Walk:
+    """x [m, columns] float64 -> [m, rows], by at most `multiprocessors` blocks of `warps` warps each."""
     tiles, codes = weight.tiles.view(-1).numpy(), weight.codes.numpy()
     nested, groups, maps = weight.nested.numpy(), weight.groups.numpy(), weight.maps.numpy()
     r_tiles, k_blocks, subs = weight.row_tiles, weight.columns // 64, 64 // weight.blocksize
     table = levels.pair_table()
     pairs = np.stack([levels.bf16_values(table & 0xFFFF), levels.bf16_values(table >> 16)], axis=1).astype(np.float64)
     m, activations = x.shape[0], x.numpy()
-    partition = Partition(len(groups), k_blocks, slices, warps, 1)  # blocks of one warp: test_host has larger ones
-    parts_of = partition.parts_of().astype(np.int64)
-    partial = np.full((parts_of[-1], r_tiles, column_groups, 32, 4), np.nan)
-    left = np.zeros(parts_of[-1], dtype=int)
+    split = Partition.over(len(groups), k_blocks, warps, multiprocessors)
+    first_block, parts = split.parts.astype(int).T
+    cuts = split.cuts.tolist()
+    partial = np.full((len(groups), split.most_parts, r_tiles, column_groups, 32, 4), np.nan)
+    left = np.zeros((len(groups), split.most_parts), dtype=int)
     y = np.full((m, weight.rows), np.nan)
     own_row = 8 * (T & (2 * r_tiles - 1)) + G
 
@@ -77,34 +80,32 @@ def linear(x: torch.Tensor, weight: Nf4Weight, slices: int, warps: int, column_g
                     keep = column < m
                     y[column[keep], row[keep]] = sums[i, q, keep, c] * levels.UNIT
 
-    for part in range(slices):
-        k0, k1 = partition.blocks(part)
-        blocks = k1 - k0
-        units = len(groups) * blocks
-        for warp in range(warps):
-            start, end = first_unit(warp, units, warps), first_unit(warp + 1, units, warps)
-            if start == end:
+    for block, warp in itertools.product(range(split.blocks), range(warps)):
+        step, end = cuts[block], cuts[block + 1]
+        while step < end:
+            row_block, begin = divmod(step, k_blocks)
+            stop = min(k_blocks, begin + end - step)
+            group, step = row_block * warps + warp, step + stop - begin
+            if group >= len(groups):
                 continue
-            group, k = divmod(start, blocks)
-            number = parts_of[group * slices + part] + warp - owner(np.int64(group * blocks), units, warps)
-            sums, whole = np.zeros((r_tiles, column_groups, 32, 4)), k == 0
-            for unit in range(start, end):
-                place = group * k_blocks + k0 + k
-                block = groups[group, 0] + own_row * (k_blocks * subs) + (k0 + k) * subs
+            sums = np.zeros((r_tiles, column_groups, 32, 4))
+            for k in range(begin, stop):
+                place = group * k_blocks + k
+                scale_block = groups[group, 0] + own_row * (k_blocks * subs) + k * subs
                 offset = groups[group, 1:2].view(np.float32)[0]
                 scale = np.empty((subs, 32))
                 for sub in range(subs):
                     at = place * 16 * r_tiles * subs + sub * 16 * r_tiles + G * 2 * r_tiles + (T & (2 * r_tiles - 1))
-                    scale[sub] = maps[groups[group, 2], codes[at]].astype(float) * nested[block >> 8] + offset
+                    scale[sub] = maps[groups[group, 2], codes[at]].astype(float) * nested[scale_block >> 8] + offset
                 acc = np.zeros_like(sums)
                 for half in range(2):
-                    for step in range(2):
+                    for odd in range(2):
                         for i in range(r_tiles):
-                            at = (place * r_tiles + i) * 512 + LANE * 16 + 4 * (2 * half + step)
+                            at = (place * r_tiles + i) * 512 + LANE * 16 + 4 * (2 * half + odd)
                             a = np.stack([pairs[tiles[at + register]] for register in range(4)], axis=1)
                             for q in range(column_groups):
                                 row = np.minimum(8 * q + G, m - 1)
-                                first = (k0 + k) * 64 + half * 32 + T * 8 + step * 4
+                                first = k * 64 + half * 32 + T * 8 + odd * 4
                                 b = np.stack(
                                     [[activations[row, first + 2 * u + e] for e in range(2)] for u in range(2)]
                                 )
@@ -115,19 +116,12 @@ def linear(x: torch.Tensor, weight: Nf4Weight, slices: int, warps: int, column_g
                             for c in range(4):
                                 sums[i, :, :, c] += acc[i, :, :, c] * s[c >> 1]
                         acc[:] = 0
-                k += 1
-                if k == blocks or unit + 1 == end:
-                    if whole and k == blocks and slices == 1:
-                        write(sums, group)
-                        left[number] += 1
-                    else:
-                        partial[number] = sums
-                        left[number] += 1
-                        first, last = parts_of[group * slices], parts_of[(group + 1) * slices]
-                        if left[first:last].sum() == last - first:
-                            write(partial[first:last].sum(axis=0), group)
-                    sums, whole, k = np.zeros_like(sums), True, 0
-                    group += 1
-                    if unit + 1 < end:
-                        number = parts_of[group * slices + part]
-    return Walk(y, left)
+            if parts[row_block] == 1:
+                write(sums, group)
+                left[group, 0] += 1
+                continue
+            partial[group, block - first_block[row_block]] = sums
+            left[group, block - first_block[row_block]] += 1
+            if left[group].sum() == parts[row_block]:
+                write(partial[group, : parts[row_block]].sum(axis=0), group)
+    return Walk(y, left, np.repeat(parts, warps)[: len(groups)])

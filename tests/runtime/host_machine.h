@@ -1,16 +1,18 @@
-// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another, in a
-// random order. Slow, and strict: a copy lands when it is waited for and its target is garbage until then; addresses are
-// checked for range and alignment; shared memory begins as garbage.
+// machine.cuh in plain C++, so that the kernels' sources run on a CPU: a thread for each CUDA thread, one block after another, in a random
+// order. Slow, and strict: a copy lands when it is waited for and its target is garbage until then; addresses are checked for range and
+// alignment; shared memory begins as garbage.
 
 #include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -27,6 +29,7 @@ typedef unsigned char u8;
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 using std::max;
 using std::min;
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct int4 { int x, y, z, w; };
 struct float4 { float x, y, z, w; };
@@ -50,39 +53,82 @@ static u32 place(u32 at, u32 size) {
 }
 static struct { const u8 *first, *end; } readable[3];
 
+static const u8* known(const void* from, u32 size) {
+    const u8* at = (const u8*)from;
+    bool inside = false;
+    for (auto& range : readable) inside |= at >= range.first && at + size <= range.end;
+    if (!inside || (uintptr_t)at % size) die("global memory: out of range or misaligned");
+    return at;
+}
+
 struct Copy { u32 to; const void* from; };
-static thread_local std::vector<std::vector<Copy>> under_way;
 static thread_local std::vector<Copy> asked;
 static void copy16(u32 to, const void* from) {
-    const u8* at = (const u8*)from;
-    bool known = false;
-    for (auto& range : readable) known |= at >= range.first && at + 16 <= range.end;
-    if (!known || (uintptr_t)at % 16) die("global memory: out of range or misaligned");
+    known(from, 16);
     memset(shared_memory + place(to, 16), 0xee, 16);
     asked.push_back({to, from});
 }
-static void commit() {
-    under_way.push_back(asked);
-    asked.clear();
+// Barriers in shared memory lie below TABLE_AT, where `place` lets nobody else write.
+struct Run { u32 to; const u8* from; u32 bytes; };
+struct Barrier {
+    std::atomic<u32> count, pending, phase;
+    std::mutex lock;
+    std::vector<Run> runs;  // by the copy engine: they land when somebody waits
+};
+static Barrier barriers[128];
+static Barrier& barrier_at(u32 at) {
+    if (at < FIRST || at >= FIRST + 8 * 128 || at % 8) die("barrier: out of range or misaligned");
+    return barriers[(at - FIRST) / 8];
 }
-template <int LEFT> static void wait() {
-    while (under_way.size() > LEFT) {
-        for (auto& copy : under_way.front()) memcpy(shared_memory + copy.to, copy.from, 16);
-        under_way.erase(under_way.begin());
+static void init_barrier(u32 at, u32 count) {
+    Barrier& barrier = barrier_at(at);
+    barrier.count = barrier.pending = count;
+    barrier.phase = 0;
+    barrier.runs.clear();
+}
+static void barriers_are_there() {}
+static void arrive_at(u32 at) {
+    Barrier& barrier = barrier_at(at);
+    if (barrier.pending.fetch_sub(1) == 1) {
+        barrier.pending = barrier.count.load();
+        barrier.phase++;
     }
 }
+static void arrive_when_copied(u32 at) {
+    for (auto& copy : asked) memcpy(shared_memory + copy.to, copy.from, 16);
+    asked.clear();
+    arrive_at(at);
+}
+#define FILL_ARRIVALS 1
+static void fill(u32 at, u32 to, const u8* from, u32 bytes, u32 to2, const u8* from2, u32 bytes2, u32 lane) {
+    if (lane != 0) return;
+    for (const Run& run : {Run{to, from, bytes}, Run{to2, from2, bytes2}}) {
+        if (run.bytes % 16 || run.bytes == 0) die("copy engine: not a multiple of 16");
+        for (u32 i = 0; i < run.bytes; i += 16) memset(shared_memory + place(run.to + i, 16), 0xee, 16), known(run.from + i, 16);
+        std::lock_guard<std::mutex> guard(barrier_at(at).lock);
+        barrier_at(at).runs.push_back(run);
+    }
+    arrive_at(at);
+}
+static void wait_at(u32 at, u32 parity) {
+    {
+        std::lock_guard<std::mutex> guard(barrier_at(at).lock);
+        for (const Run& run : barrier_at(at).runs) memcpy(shared_memory + run.to, run.from, run.bytes);
+        barrier_at(at).runs.clear();
+    }
+    while ((barrier_at(at).phase & 1) == parity) std::this_thread::yield();
+}
 
-template <class T> static T fetch(u32 at) {
+template <class T> static T read_shared(u32 at) {
     T v;
     memcpy(&v, shared_memory + place(at, sizeof v), sizeof v);
     return v;
 }
 static u32 shared_base() { return FIRST; }
-static uint4 read16(u32 at) { return fetch<uint4>(at); }
-template <int OFFSET> static u32 read4(u32 at) { return fetch<u32>(at + OFFSET); }
-static u32 read1(u32 at) { return fetch<u8>(at); }
+static uint4 read16(u32 at) { return read_shared<uint4>(at); }
+template <int OFFSET> static u32 read4(u32 at) { return read_shared<u32>(at + OFFSET); }
+static u32 read1(u32 at) { return read_shared<u8>(at); }
 static void store4(u32 at, float v) { memcpy(shared_memory + place(at, 4), &v, 4); }
-static void store16(u32 at, float4 v) { memcpy(shared_memory + place(at, 16), &v, 16); }
 static void store_four_times(u32 at, u32 v) {
     for (u32 i = place(at, 16); i < at + 16; i += 4) memcpy(shared_memory + i, &v, 4);
 }
@@ -144,19 +190,14 @@ static u32 permute_bytes(u32 a, u32 b, u32 selector) {
 }
 static u32 __byte_perm(u32 a, u32 b, u32 selector) { return permute_bytes(a, b, selector & 0x7777); }  // as on the GPU: no signs
 
-static void prefetch(const void* at) { volatile u8 touched = *(const u8*)at; (void)touched; }
-static void prefetch_far(const void* at) {
-    const u8 *line = (const u8*)at;
-    if (line < readable[0].first || line + 128 > readable[0].end) die("prefetch: out of range");
-}
 static u32 arrive(u32* counter) { return __sync_fetch_and_add(counter, 1u); }
 static void acquire() { __sync_synchronize(); }
 static void let_next_begin() {}
 static void wait_for_previous() {}
-template <class T> static T __ldcg(const T* at) { return *at; }
-template <class T> static void __stcg(T* at, T v) { *at = v; }
 static float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 static float __uint_as_float(u32 v) { return __int_as_float((int)v); }
+template <class T> static T __ldcg(const T* at) { return *at; }
+template <class T> static void __stcg(T* at, T v) { *at = v; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
 

@@ -23,8 +23,8 @@ def _why_no_compiler() -> str | None:
 pytestmark = pytest.mark.skipif(_why_no_compiler() is not None, reason=_why_no_compiler() or "")
 
 VARIANTS = [
-    Variant(), Variant(groups=2, table_stride=128), Variant(groups=4, warps=8), Variant(row_tiles=1),
-    Variant(alu_words=4), Variant(subs=2),
+    Variant(), Variant(groups=2), Variant(groups=2, subs=2), Variant(groups=4, warps=12), Variant(row_tiles=1),
+    Variant(alu_words=4), Variant(subs=2), Variant(table_stride=128, alu_words=1),
 ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def machine_code(code: bytes, folder: Path) -> str:
 def test_no_variant_spills_and_weights_arrive_16_bytes_at_a_time(variant, folder):
     code = machine_code(build.cubin("nf4_linear", "sm_90a", variant.defines, folder), folder)
     assert not re.search(r"\b(?:LDL|STL)\b", code)
-    assert re.search(r"LDGSTS\S*\.128", code)
+    assert re.search(r"UBLKCP", code)
     assert re.search(r"HMMA\.16816\.F32\.BF16", code)
 
 

@@ -15,15 +15,15 @@ from halfbyte.runtime.kernels import build, levels
 from halfbyte.runtime.linear.weight import weight_from
 
 CASES = [
-    # parts, columns, blocksize, slices, warps, m
+    # parts, columns, blocksize, warps, multiprocessors, m
     ((64,), 256, 64, 1, 1, 1),
-    ((64,), 256, 64, 1, 3, 8),
+    ((64,), 256, 64, 3, 1, 8),
     ((96,), 320, 64, 2, 4, 5),
-    ((64, 32), 192, 64, 3, 2, 11),
-    ((48, 16), 320, 64, 2, 3, 16),
+    ((64, 32), 192, 64, 2, 3, 11),
+    ((48, 16), 320, 64, 3, 2, 16),
     ((64, 32), 192, 32, 2, 5, 3),
     ((16,), 64, 64, 1, 7, 2),
-    ((96, 96, 32), 704, 64, 4, 3, 4),
+    ((96, 96, 32), 704, 64, 3, 4, 4),
 ]
 
 
@@ -35,14 +35,14 @@ def table_levels() -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_walk_of_the_kernel_multiplies_exactly_and_leaves_each_part_once(case):
-    parts, columns, blocksize, slices, warps, m = case
+    parts, columns, blocksize, warps, multiprocessors, m = case
     stored = [draw(rows, columns, seed, blocksize) for seed, rows in enumerate(parts)]
     weight = weight_from(stored)
     x = torch.randn(m, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    walk = linear(x, weight, slices, warps, 1 if m <= 8 else 2)
+    walk = linear(x, weight, warps, multiprocessors, 1 if m <= 8 else 2)
     expected = x @ dense(stored, table_levels()).T
     torch.testing.assert_close(torch.from_numpy(walk.y), expected, rtol=1e-6, atol=1e-6)
-    assert (walk.left == 1).all()
+    assert (walk.left == (np.arange(walk.left.shape[1]) < walk.parts[:, None])).all()
 
 
 def test_decoding_by_permutes_equals_the_table_for_every_byte():

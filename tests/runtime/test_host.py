@@ -33,14 +33,17 @@ pytestmark = pytest.mark.skipif(
 
 HERE = Path(__file__).parent
 CASES = [
-    # variant, parts, columns, m, slices, blocks a slice
-    (Variant(warps=2, depth=3), (64, 32), 320, 1, 1, 1),
-    (Variant(warps=2, depth=3), (96, 64), 448, 8, 2, 2),
-    (Variant(warps=2, depth=3), (32,), 64, 3, 1, 3),
-    (Variant(warps=2, depth=3), (64, 32), 192, 2, 1, 8),  # more warps than units
-    (Variant(warps=2, depth=2, groups=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 3, 2),
-    (Variant(warps=3, depth=3, early=True, prefetch=5, resident=2, table_stride=128), (96, 64), 448, 4, 1, 1),
-    (Variant(warps=1, depth=4, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 2, 3),
+    # variant, parts, columns, m, blocks
+    (Variant(warps=2), (64, 32), 320, 1, 1),
+    (Variant(warps=3, stage_units=2, depth=3, x_stages=5), (64, 64, 32), 1600, 3, 4),
+    (Variant(warps=2, stage_units=1, depth=2, x_stages=2), (96, 64), 448, 8, 4),
+    (Variant(warps=2), (32,), 64, 3, 3),  # one step
+    (Variant(warps=3), (64, 32), 192, 2, 8),  # as many blocks as steps
+    (Variant(warps=5, x_stages=2), (64, 64), 1088, 5, 2),  # a warp without a row group
+    (Variant(warps=2, groups=2, stage_units=4, depth=2, table_stride=128, alu_words=2), (64, 32), 448, 13, 5),
+    (Variant(warps=3, early=True, ahead=2, table_stride=128), (96, 64), 448, 4, 1),
+    (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
+    (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),
 ]
 
 
@@ -92,25 +95,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_source_of_the_kernel_multiplies(case, folder):
-    variant, parts, columns, m, slices, blocks = case
+    variant, parts, columns, m, blocks = case
     stored = [draw(rows, columns, seed, 64 // variant.subs) for seed, rows in enumerate(parts)]
     made = weight_from(stored)
     weight = Tensors(*[aligned(getattr(made, name)) for name in NAMES])
-    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, slices, blocks, variant.warps)
-    parts_of = partition.parts_of()
+    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, variant.warps, blocks)
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
     y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)
-    partial = aligned(torch.full((int(parts_of[-1]) * variant.row_tiles * variant.groups * 128,), torch.nan))
-    counters = torch.zeros(partition.row_groups, dtype=torch.int32)
+    row_groups, most_parts = partition.row_groups, partition.most_parts
+    partial = aligned(torch.full((row_groups * most_parts * variant.row_tiles * variant.groups * 128,), torch.nan))
+    counters = torch.zeros(row_groups, dtype=torch.int32)
     table = levels.pair_table()
     arguments = launch._LinearArguments(
         **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
-        counters=counters.data_ptr(), parts_of=parts_of.ctypes.data, m=m, n=weight.rows, row_groups=partition.row_groups,
-        k_blocks=weight.k_blocks, slices=slices, slice_warps=partition.warps, maps_count=len(parts), reserved=0, unit=levels.UNIT,
+        counters=counters.data_ptr(), cuts=partition.cuts.ctypes.data, parts=partition.parts.ctypes.data, m=m, n=weight.rows,
+        row_groups=row_groups, k_blocks=weight.k_blocks, row_blocks=partition.row_blocks, maps_count=len(parts),
+        most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip
     run = library("nf4_linear", variant.defines, folder).run
     ranges = ranges_of(weight.tiles, weight.codes, x)
-    run(ctypes.byref(arguments), blocks * slices, variant.shared_bytes(m, -(-weight.k_blocks // slices)), ranges)
+    run(ctypes.byref(arguments), partition.blocks, variant.shared_bytes(m), ranges)
     expected = (x.double() @ dense(stored, table_levels()).T).float()
     torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=2e-4)  # y is rounded to bf16, nothing else
     assert not counters.any()

@@ -27,11 +27,11 @@ class _LinearArguments(ctypes.Structure):
     """`Params` of nf4_linear.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "parts_of")),
-        *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "slices", "slice_warps", "maps_count")),
-        ("reserved", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "cuts", "parts")),
+        *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "row_blocks")),
+        *((name, ctypes.c_uint32) for name in ("maps_count", "most_parts", "reserved")),
         ("unit", ctypes.c_float),
-    ]  # fmt: skip
+    ]
 
 
 class _DequantizeArguments(ctypes.Structure):
@@ -89,16 +89,18 @@ def _small_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _parts(partition: Partition, device: torch.device) -> tuple[torch.Tensor, int]:
-    partition.check_fits()
-    parts = partition.parts_of()
-    return torch.from_numpy(parts.view(np.int32)).to(device), int(parts[-1])
-
-
 def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: variants.Device) -> Partition:
-    """How the variant splits a weight over a device."""
-    slices = variants.slices_for(variant, k_blocks, device)
-    return Partition.over(row_groups, k_blocks, slices, device.multiprocessors // slices, variant.warps)
+    """How the variant splits a weight over a device. raises UsageError"""
+    partition = Partition.over(row_groups, k_blocks, variant.warps, device.multiprocessors)
+    partition.check_fits()
+    return partition
+
+
+@cache
+def _split(partition: Partition, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its cuts and parts on the device."""
+    cuts, parts = (torch.from_numpy(array.view(np.int32)).to(device) for array in (partition.cuts, partition.parts))
+    return cuts, parts
 
 
 def linear(
@@ -112,27 +114,26 @@ def linear(
     """
     m, index = x.shape[0], x.device.index or 0
     device = driver.device_of(index)
-    if variant is None:
-        variant = variants.default_variant(m, weight.row_tiles, weight.subs, weight.k_blocks, device)
     row_groups, k_blocks = weight.groups.shape[0], weight.k_blocks
+    if variant is None:
+        variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, k_blocks, device)
     partition = partition_of(variant, row_groups, k_blocks, device)
-    shared = variant.shared_bytes(m, -(-k_blocks // partition.slices))
+    shared, most_parts = variant.shared_bytes(m), partition.most_parts
     if not 1 <= m <= variant.rows or shared > device.shared_bytes or x.data_ptr() % 16:
         raise UsageError(f"{m} rows of x and {shared} bytes of shared memory do not fit", where=str(variant))
     kernel = driver.function(index, "nf4_linear", variant.defines)
-    parts, count = _parts(partition, x.device)
+    cuts, parts = _split(partition, x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    space = _workspace(x.device, stream, count * variant.row_tiles * variant.groups * 128, row_groups)
+    space = _workspace(x.device, stream, row_groups * most_parts * variant.row_tiles * variant.groups * 128, row_groups)
     y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device) if out is None else out
     arguments = _LinearArguments(
         **weight.pointers(), table=_small_tables(x.device)[0].data_ptr(), x=x.data_ptr(), y=y.data_ptr(),
-        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), parts_of=parts.data_ptr(),
-        m=m, n=weight.rows, row_groups=row_groups, k_blocks=k_blocks, slices=partition.slices,
-        slice_warps=partition.warps, maps_count=weight.maps.shape[0], reserved=0, unit=levels.UNIT,
+        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), cuts=cuts.data_ptr(), parts=parts.data_ptr(),
+        m=m, n=weight.rows, row_groups=row_groups, k_blocks=k_blocks, row_blocks=partition.row_blocks,
+        maps_count=weight.maps.shape[0], most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip
-    blocks = -(-partition.warps // variant.warps) * partition.slices
     with torch.cuda.device(x.device):
-        driver.launch(kernel, blocks, 32 * variant.warps, shared, stream, arguments, variant.early)
+        driver.launch(kernel, partition.blocks, variant.threads, shared, stream, arguments, variant.early)
     return y
 
 

@@ -6,12 +6,54 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-// 16 bytes from global to shared memory, on their way until waited for. Groups of copies end in order.
+// 16 bytes from global to shared memory, on their way until a barrier says that they are there.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+// Barriers in shared memory, by address: `count` arrivals end a phase; phases have parities 0, 1, 0, ...
+__device__ __forceinline__ void init_barrier(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
+__device__ __forceinline__ void arrive_at(u32 at) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at) : "memory"); }
+// Arrives when all copies that this thread has asked for so far have ended.
+__device__ __forceinline__ void arrive_when_copied(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
+// Other threads, and the copy engine, may use the barriers that this thread has initialised (behind a barrier of threads).
+__device__ __forceinline__ void barriers_are_there() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Waits for the end of the phase with this parity.
+__device__ __forceinline__ void wait_at(u32 at, u32 parity) {
+    u32 ended;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(at), "r"(parity) : "memory");
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(at), "r"(parity) : "memory");
+#endif
+    } while (!ended);
+}
+
+// Two runs of bytes, multiples of 16, from global to shared memory by a warp; `barrier` has FILL_ARRIVALS more arrivals when they are there.
+#if __CUDA_ARCH__ >= 900
+#define FILL_ARRIVALS 1
+__device__ __forceinline__ void copy_run(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void fill(u32 barrier, u32 to, const u8* from, u32 bytes, u32 to2, const u8* from2, u32 bytes2, u32 lane) {
+    if (lane != 0) return;
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(barrier), "r"(bytes + bytes2) : "memory");
+    copy_run(to, from, bytes, barrier);
+    copy_run(to2, from2, bytes2, barrier);
+}
+#else
+#define FILL_ARRIVALS 32
+__device__ __forceinline__ void fill(u32 barrier, u32 to, const u8* from, u32 bytes, u32 to2, const u8* from2, u32 bytes2, u32 lane) {
+    for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, from + i);
+    for (u32 i = lane * 16; i < bytes2; i += 512) copy16(to2 + i, from2 + i);
+    arrive_when_copied(barrier);
+}
+#endif
 
 // Shared memory, by address.
 __device__ __forceinline__ u32 shared_base() {
@@ -37,10 +79,6 @@ __device__ __forceinline__ void store_four_times(u32 at, u32 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(v) : "memory");
 }
 __device__ __forceinline__ void store4(u32 at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
-
-__device__ __forceinline__ void store16(u32 at, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
 
 // acc[16 x 8] += a[16 x 16] b[16 x 8], spread over the warp as the PTX manual says.
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -73,10 +111,6 @@ __device__ __forceinline__ u32 lane_id() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
-__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
-
-__device__ __forceinline__ void prefetch_far(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // Count an arrival after everything this warp wrote (a barrier of the warp must come before), and see what others wrote before theirs.
 __device__ __forceinline__ u32 arrive(u32* counter) {
     u32 before;

@@ -1,17 +1,24 @@
 // y[M, N] = x[M, K] W^T for an NF4 weight W[N, K] in the tiled layout of halfbyte.runtime.linear.layout. bf16 in and out.
 //
-// The weight is read once, in 16-byte loads, and everything else is arranged around that:
-//   * A warp works on a *unit*: ROW_TILES tiles of 16 rows x 64 columns. All units of a slice of K form one sequence (row group
-//     after row group); each warp of the grid takes an equal, contiguous part of it. No warp idles, whatever N and K are.
-//   * cp.async brings units into a ring private to the warp; DEPTH - 1 of them are on their way at any time.
+// What a multiprocessor runs short of is neither memory nor arithmetic but the pipe to shared memory: a unit of 2,048 weights is 1,056
+// bytes, for which memory needs 60 cycles, and 32 of the table's words, one word a bank and cycle. So everything else keeps off it:
+//   * A *unit* is ROW_TILES tiles of 16 rows x 64 columns. A warp has one row group of a *row block* (WARPS of them) and walks along K;
+//     all warps of a block are at about the same k. A *step* is a row block x 64 columns. All steps form one sequence, row block
+//     after row block; each block of the grid takes a contiguous part of it, all about equal. No multiprocessor idles, whatever N and K are.
+//   * Weights are read once, by the copy engine, STAGE_UNITS units at a time, into a ring private to the warp; DEPTH stages of them are
+//     on their way or in use. Straight to registers would be one pass through shared memory less, but the compiler has one counter
+//     for all loads of a loop, so that using the oldest waits for the newest (docs/log.md).
+//   * x is shared by the warps of a block and passes by in chunks of CHUNK * 64 columns, X_STAGES of which are kept. The warps take turns
+//     in fetching them. So x costs neither time before the first product nor room, however many columns it has, and all warps
+//     multiply: 16 of them are four for each quarter of a multiprocessor, and none is done before the others.
 //   * A byte of weight is a pair of levels. One look-up in a shared table, replicated for each bank (no conflicts), turns it
 //     into the register that mma.m16n8k16 wants: weights are its M side, activations its 8 columns. So M = 1..8 costs the same.
 //     ALU_WORDS of the four words of a tile are decoded with byte permutes instead, which takes load off shared memory.
 //   * Scales stay one byte a block. A lane expands one of the unit's 32 (map[code] * nested + offset), shuffles hand them
 //     around, and they multiply fp32 accumulators. So the weight is never rounded, only the 16 levels are (Params::unit).
-//   * What the warps of a block have of the same row group is added up in shared memory; what is not whole then goes to `partial`, and
-//     whoever arrives last adds all of that, in the order of K. Which parts there are depends on N, K and the grid only, never on
-//     M nor on timing: equal inputs give equal bits, and a row of x gives the same bits in any batch of 1 to 16.
+//   * Where a row block is cut between blocks, each leaves its part in `partial`, and whoever arrives last adds all of them, in the order
+//     of K. Which parts there are depends on N, K and the grid only, never on M nor on timing: equal inputs give equal bits,
+//     and a row of x gives the same bits in any batch of 1 to 16.
 //
 // Compiled by NVRTC. The index arithmetic is walked through in Python by tests/runtime/emulation.py, and this very source runs on a
 // CPU in tests/runtime/test_host.py.
@@ -19,10 +26,7 @@
 #include "machine.cuh"
 
 #ifndef WARPS
-#define WARPS 16       // warps in a block; a launch has one block a multiprocessor
-#endif
-#ifndef RESIDENT
-#define RESIDENT 1     // blocks that must fit a multiprocessor: 2 lets the next launch get ready beside this one (EARLY)
+#define WARPS 16       // warps in a block
 #endif
 #ifndef ROW_TILES
 #define ROW_TILES 2    // row tiles in a unit: 1 or 2
@@ -30,8 +34,14 @@
 #ifndef GROUPS
 #define GROUPS 1       // groups of 8 columns: M <= 8 * GROUPS
 #endif
+#ifndef STAGE_UNITS
+#define STAGE_UNITS 4  // units in a stage of the ring: 1, 2 or 4
+#endif
 #ifndef DEPTH
-#define DEPTH 4        // units in the ring of a warp
+#define DEPTH 2        // stages in the ring of a warp
+#endif
+#ifndef X_STAGES
+#define X_STAGES 4     // chunks of x that are on their way or in use
 #endif
 #ifndef ALU_WORDS
 #define ALU_WORDS 0    // words of a tile, of 4, that are decoded without the table
@@ -45,9 +55,10 @@
 #ifndef EARLY
 #define EARLY 0        // 1: launched with programmatic serialization, weights are read before the previous kernel has ended
 #endif
-#ifndef PREFETCH
-#define PREFETCH 0     // with EARLY: units of each warp that are fetched as far as the L2 cache while the previous kernel still runs
+#ifndef AHEAD
+#define AHEAD 1        // with EARLY: stages that are asked for while the previous kernel still runs; more would be in its way
 #endif
+#define CHUNK 4        // blocks of 64 columns in a chunk of x
 #define MAPS 4         // parts stacked in one weight, at most
 
 struct Params {
@@ -59,31 +70,45 @@ struct Params {
     const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
     const u16* x;         // [m][64 * k_blocks]
     u16* y;               // [m][n]
-    float* partial;
+    float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
     u32* counters;        // [row groups], zero before and after
-    const u32* parts_of;  // [row groups * slices + 1]: number of the first part in `partial`
-    u32 m, n, row_groups, k_blocks, slices, slice_warps, maps_count, reserved;
+    const u32* cuts;      // [blocks + 1]: block b has steps cuts[b] .. cuts[b + 1] - 1
+    const uint2* parts;   // [row blocks]: the first block that has some of it, how many have
+    u32 m, n, row_groups, k_blocks, row_blocks, maps_count, most_parts, reserved;
     float unit;
 };
 
-static_assert(GROUPS * ROW_TILES <= 8 && DEPTH >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
+static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && AHEAD <= DEPTH && X_STAGES >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
 
 // Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
 // TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.
+#define FULL_AT 1024                     // a barrier for each stage of x: it is there
+#define FREE_AT (FULL_AT + 8 * X_STAGES)  // nobody reads it any more
+#define RING_FULL_AT (FREE_AT + 8 * X_STAGES)  // for each stage of each warp: it is there
 #define TABLE_AT 2048
 #define TABLE_BYTES (ALU_WORDS == 4 ? 0 : 256 * TABLE_STRIDE)
 #define UNIT_BYTES (512 * ROW_TILES)
 #define CODE_BYTES (16 * ROW_TILES * SUBS)
-#define STAGE_BYTES (UNIT_BYTES + CODE_BYTES)
 #define MAP_AT (TABLE_AT + TABLE_BYTES)
+#define STAGE_BYTES (STAGE_UNITS * (UNIT_BYTES + CODE_BYTES))
 #define RING_AT (MAP_AT + MAPS * 1024)
-#define X_AT (RING_AT + WARPS * DEPTH * STAGE_BYTES)
+#define X_AT ((RING_AT + WARPS * DEPTH * STAGE_BYTES + 127) & ~127)
+#define X_ROW (CHUNK * 128)              // odd rows have the halves of 128 bytes swapped: two rows lie in different banks
+#define LEAD (X_STAGES > 3 ? X_STAGES - 2 : 1)  // chunks of x that are asked for ahead of the one in use
+
+static_assert(RING_FULL_AT + 8 * WARPS * DEPTH <= TABLE_AT, "barriers");
 
 #include "decode.cuh"
 
-// Warp w of a slice has units [first_unit(w), first_unit(w + 1)). The host checks that (units + 1) * warps fits 32 bits.
-__device__ __forceinline__ u32 first_unit(u32 w, u32 units, u32 warps) { return w * units / warps; }
-__device__ __forceinline__ u32 owner(u32 unit, u32 units, u32 warps) { return ((unit + 1) * warps - 1) / units; }
+// Steps of one row block that lie together: its blocks of 64 columns k .. stop - 1. None: stop = 0.
+struct Segment {
+    u32 row_block, k, stop;
+};
+__device__ __forceinline__ Segment segment_at(const Params& p, u32 step, u32 end) {
+    if (step >= end) return {p.row_blocks, 0, 0};
+    const u32 row_block = step / p.k_blocks, k = step % p.k_blocks;
+    return {row_block, k, min(p.k_blocks, k + end - step)};
+}
 
 typedef float Sums[ROW_TILES][GROUPS][4];
 
@@ -102,36 +127,35 @@ __device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row
 
 #define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
 
-// Leaves a block's part of a row group; the last of all parts to arrive adds them up and writes the result. Parts of a row
-// group lie one after the other, in the order of K: `first` .. `first + expected`, `mine` among them.
-__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 lane) {
+// Leaves a warp's part of a row group, number `mine` of `parts` in the order of K; the last of them to arrive adds all up and
+// writes the result.
+__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 parts, u32 lane) {
     const bool useful = 2 * (lane & 3) < p.m;
-    float4* part = reinterpret_cast<float4*>(p.partial) + (u64)mine * PART + lane;
+    float4* const first = reinterpret_cast<float4*>(p.partial) + (u64)row_group * p.most_parts * PART + lane;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * GROUPS; i++) {
         const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
-        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(part + i * 32, make_float4(v[0], v[1], v[2], v[3]));
+        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(first + mine * PART + i * 32, make_float4(v[0], v[1], v[2], v[3]));
     }
-    const u32 first = p.parts_of[row_group * p.slices], expected = p.parts_of[(row_group + 1) * p.slices] - first;
     __syncwarp();
     u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
     before = __shfl_sync(~0u, before, 0);
-    if (before + 1 != expected) return;
+    if (before + 1 != parts) return;
     if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
     acquire();
 
-    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 8 : ROW_TILES * GROUPS <= 4 ? 4 : 2;  // parts on their way at a time
+    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 12 : ROW_TILES * GROUPS <= 4 ? 6 : 3;  // parts on their way at a time
     Sums whole = {};
-    const float4* from = reinterpret_cast<const float4*>(p.partial) + (u64)first * PART + lane;
+    const float4* from = first;
 #pragma unroll 1
-    for (u32 done = 0; done < expected; done += BATCH, from += BATCH * PART) {
+    for (u32 done = 0; done < parts; done += BATCH, from += BATCH * PART) {
         float4 v[BATCH][ROW_TILES * GROUPS];
 #pragma unroll
         for (int e = 0; e < BATCH; e++)
 #pragma unroll
             for (int i = 0; i < ROW_TILES * GROUPS; i++) {
                 v[e][i] = make_float4(0, 0, 0, 0);
-                if (done + e < expected && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
+                if (done + e < parts && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
                     v[e][i] = __ldcg(from + e * PART + i * 32);
             }
 #pragma unroll
@@ -147,108 +171,114 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     write(p, whole, row_group, lane);
 }
 
-// Adds up what the warps of a block have of the row groups that were cut between them, in the order of K; two parts a warp lie at
-// `parts`: of the row group in which it began, of the one in which it ended. A warp takes every WARPS-th row group.
-__device__ __forceinline__ void combine(const Params& p, u32 parts, u32 slice, u32 blocks, u32 lane) {
-    const u32 units = p.row_groups * blocks, number = blockIdx.x / p.slices;
-    const u32 first_warp = min(number * WARPS, p.slice_warps), end_warp = min(first_warp + WARPS, p.slice_warps);
-    const u32 first = first_unit(first_warp, units, p.slice_warps), end = first_unit(end_warp, units, p.slice_warps);
-    for (u32 row_group = first / blocks + (threadIdx.x >> 5); row_group * blocks < end; row_group += WARPS) {
-        const u32 begin = row_group * blocks;
-        const u32 from = owner(begin, units, p.slice_warps), to = owner(begin + blocks - 1, units, p.slice_warps);
-        if (from == to) continue;  // its warp has written or left it
-        Sums whole = {};
-        for (u32 warp = max(from, first_warp); warp <= min(to, end_warp - 1); warp++) {
-            const u32 slot = first_unit(warp, units, p.slice_warps) > begin ? 0 : 1;
-            const u32 at = parts + (((warp - first_warp) * 2 + slot) * PART + lane) * 16;
+// Fetches a chunk of x: blocks k .. k + CHUNK - 1 of all rows, those that there are.
+__device__ __forceinline__ void fetch(const Params& p, u32 k, u32 to, u32 full, u32 lane) {
+    const u16* from = p.x + k * 64 + lane * 8;
+    if (lane < (p.k_blocks - k) * 8)  // 16 bytes of a row each
+        for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), from + (u64)row * p.k_blocks * 64);
+    arrive_when_copied(full);
+}
+
+// sums += a unit; `scale`: of the row that this lane expands; x: where the lane's 16 bytes of columns 0 .. 31 are; those of 32 .. 63
+// lie in the other half of the 128 bytes.
+__device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[ROW_TILES], const float (&scale)[SUBS], const u32 (&x)[GROUPS], u32 home, const Levels& levels, u32 lane) {
+    constexpr bool HALVES = SUBS == 2 || GROUPS > 2;  // scale each half by itself: with many groups, to hold fewer sums at a time
+    float acc[ROW_TILES][GROUPS][4];
 #pragma unroll
-            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-                const uint4 v = read16(at + i * 512);
-                float(&sum)[4] = whole[i / GROUPS][i % GROUPS];
-                sum[0] += __uint_as_float(v.x);
-                sum[1] += __uint_as_float(v.y);
-                sum[2] += __uint_as_float(v.z);
-                sum[3] += __uint_as_float(v.w);
+    for (int half = 0; half < 2; half++) {
+        uint4 b[GROUPS];
+#pragma unroll
+        for (int q = 0; q < GROUPS; q++) b[q] = read16(x[q] ^ half * 64);
+#pragma unroll
+        for (int n = 0; n < 2 * ROW_TILES; n++) {  // tile after tile, or word after word, which needs more registers and waits less
+            const int i = HALVES ? n / 2 : n % ROW_TILES, odd = HALVES ? n % 2 : n / ROW_TILES;
+            if (odd == 0 && (HALVES || half == 0)) {
+#pragma unroll
+                for (int c = 0; c < GROUPS * 4; c++) (&acc[i][0][0])[c] = 0;
+            }
+            const u32 word = half == 0 ? (odd ? tile[i].y : tile[i].x) : (odd ? tile[i].w : tile[i].z);
+            u32 a[4];
+            if (2 * half + odd >= 4 - ALU_WORDS) permute(levels, word, a);
+            else look_up(home, word, a);
+#pragma unroll
+            for (int q = 0; q < GROUPS; q++) multiply(acc[i][q], a, odd ? b[q].z : b[q].x, odd ? b[q].w : b[q].y);
+            if (odd == 1 && (HALVES || half == 1)) {
+                const float s0 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i));
+                const float s1 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i + 1));
+#pragma unroll
+                for (int q = 0; q < GROUPS; q++) {
+                    sums[i][q][0] = fmaf(acc[i][q][0], s0, sums[i][q][0]);
+                    sums[i][q][1] = fmaf(acc[i][q][1], s0, sums[i][q][1]);
+                    sums[i][q][2] = fmaf(acc[i][q][2], s1, sums[i][q][2]);
+                    sums[i][q][3] = fmaf(acc[i][q][3], s1, sums[i][q][3]);
+                }
             }
         }
-        if (p.slices == 1 && from >= first_warp && to < end_warp) write(p, whole, row_group, lane);
-        else leave(p, whole, row_group, p.parts_of[row_group * p.slices + slice] + number - from / WARPS, lane);
     }
 }
 
-// A warp's sums, where `combine` looks for them.
-__device__ __forceinline__ void put(const Sums& sums, u32 at) {
-#pragma unroll
-    for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-        const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
-        store16(at + i * 512, make_float4(v[0], v[1], v[2], v[3]));
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
     const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
-    const u32 lane = lane_id();
+    const u32 lane = lane_id(), warp = threadIdx.x >> 5;
     const u32 g = lane >> 2, t = lane & 3;
-    const u32 slice = blockIdx.x % p.slices, warp = blockIdx.x / p.slices * WARPS + (threadIdx.x >> 5);
-    const u32 k0 = slice * p.k_blocks / p.slices, blocks = (slice + 1) * p.k_blocks / p.slices - k0;
-    const u32 units = p.row_groups * blocks;
-    const u32 start = first_unit(min(warp, p.slice_warps), units, p.slice_warps), end = first_unit(min(warp + 1, p.slice_warps), units, p.slice_warps);
-    u32 row_group = start / blocks, k = start % blocks;
+    const u32 end = p.cuts[blockIdx.x + 1];
+    u32 step = p.cuts[blockIdx.x];
+    Segment at = segment_at(p, step, end);
+    auto row_group_of = [&](const Segment& s) { return s.stop ? s.row_block * WARPS + warp : p.row_groups; };
+    u32 row_group = row_group_of(at);  // a warp of the last row block may have none: it keeps the others company
 
     // Small things first: behind the weights they would wait for those.
     int4 group = {0, 0, 0, 0};
-    if (start < end) group = p.groups[row_group];
-    constexpr u32 ENTRIES = ALU_WORDS < 4 ? (256 + WARPS * 4 - 1) / (WARPS * 4) : 0, VALUES = (MAPS * 256 + WARPS * 32 - 1) / (WARPS * 32);
-    const u32 first_entry = (threadIdx.x >> 5) * 4 + (lane >> 3);
+    if (row_group < p.row_groups) group = p.groups[row_group];
+    constexpr u32 THREADS = WARPS * 32;
+    constexpr u32 ENTRIES = ALU_WORDS < 4 ? (256 + WARPS * 4 - 1) / (WARPS * 4) : 0, VALUES = (MAPS * 256 + THREADS - 1) / THREADS;
+    const u32 first_entry = warp * 4 + (lane >> 3);
     u32 pairs[ENTRIES + 1];
     float values[VALUES];
 #pragma unroll
     for (u32 i = 0; i < ENTRIES; i++) pairs[i] = p.table[min(first_entry + i * WARPS * 4, 255u)];
 #pragma unroll
     for (u32 i = 0; i < VALUES; i++) {
-        const u32 at = threadIdx.x + i * WARPS * 32;
-        values[i] = at < 256 * p.maps_count ? p.maps[at] : 0;
+        const u32 value = threadIdx.x + i * THREADS;
+        values[i] = value < 256 * p.maps_count ? p.maps[value] : 0;
     }
     Levels levels;
     if (ALU_WORDS > 0) levels = read_levels(p.table);
 
-    // The ring: `ahead` is the next unit to ask for, `ahead_k` its block in the slice.
-    const u32 ring = shared + RING_AT + (threadIdx.x >> 5) * (DEPTH * STAGE_BYTES);
-    u32 ahead = start, ahead_k = k, ahead_group = row_group, fill = ring;
-    const u8* weight = p.weight + ((u64)row_group * p.k_blocks + k0 + k) * UNIT_BYTES + lane * 16;
-    const u8* code = p.codes + ((u64)row_group * p.k_blocks + k0 + k) * CODE_BYTES + lane * 16;
-    const u32 own_row = 8 * (t & (2 * ROW_TILES - 1)) + g;  // the row whose scales this lane expands
-    const u32 row_blocks = p.k_blocks * SUBS;               // scales of a row
-    auto ask = [&]() {
-        if (ahead < end) {
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) copy16(fill + i * 512 + lane * 16, weight + i * 512);
-            if (lane < ROW_TILES * SUBS) copy16(fill + UNIT_BYTES + lane * 16, code);
-            weight += UNIT_BYTES;
-            code += CODE_BYTES;
-            ahead++;
-            if (++ahead_k == blocks) {
-                weight += (u64)(p.k_blocks - blocks) * UNIT_BYTES;
-                code += (u64)(p.k_blocks - blocks) * CODE_BYTES;
-                ahead_k = 0;
-                if (++ahead_group < p.row_groups) {  // the nested scales of the next row group: 4 bytes for 16,384 weights
-                    const u32 first = p.groups[ahead_group].x + own_row * row_blocks + k0 * SUBS;
-                    prefetch(p.nested + (first >> 8));
-                }
-            }
-        }
-        commit();
-        fill = fill + STAGE_BYTES == ring + DEPTH * STAGE_BYTES ? ring : fill + STAGE_BYTES;
+    // The ring: `ahead` is what to ask for next. All of it is known beforehand, so it may be read while the previous kernel runs.
+    const u32 ring = shared + RING_AT + warp * (DEPTH * STAGE_BYTES), ring_full = shared + RING_FULL_AT + warp * (DEPTH * 8);
+    u32 ahead_step = step, ahead_k = at.k, ahead_stop = 0, filled = 0;
+    const u8 *ahead_weight = nullptr, *ahead_codes = nullptr;
+    auto enter = [&](const Segment& s) {
+        const u32 row_group = row_group_of(s);
+        const u64 unit = (u64)row_group * p.k_blocks + s.k;
+        ahead_k = s.k, ahead_stop = row_group < p.row_groups ? s.stop : 0;
+        ahead_weight = p.weight + unit * UNIT_BYTES, ahead_codes = p.codes + unit * CODE_BYTES;
     };
-#pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++) ask();
-    if (EARLY && PREFETCH > 0) {  // what lies in one run behind the ring
-        const u8* next = weight - lane * 16;
-        const u32 lines = min(min((u32)PREFETCH, end - ahead), blocks - ahead_k) * (UNIT_BYTES / 128);
-        for (u32 i = lane; i < lines; i += 32) prefetch_far(next + i * 128);
+    auto ask = [&]() {
+        if (ahead_stop == 0) return;
+        const u32 skip = ahead_k % STAGE_UNITS, units = min(STAGE_UNITS - skip, ahead_stop - ahead_k), to = ring + filled * STAGE_BYTES;
+        fill(ring_full + 8 * filled, to + skip * UNIT_BYTES, ahead_weight, units * UNIT_BYTES,
+             to + STAGE_UNITS * UNIT_BYTES + skip * CODE_BYTES, ahead_codes, units * CODE_BYTES, lane);
+        if (++filled == DEPTH) filled = 0;
+        ahead_k += units, ahead_step += units, ahead_weight += units * UNIT_BYTES, ahead_codes += units * CODE_BYTES;
+        if (ahead_k == ahead_stop) enter(segment_at(p, ahead_step, end));
+    };
+    enter(at);
+    if (lane == 0) {
+        for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
+        barriers_are_there();
     }
+    __syncwarp();
+    for (int i = 0; i < (EARLY ? AHEAD : DEPTH); i++) ask();
 
-    // Tables, while the first weights are on their way.
+    // Tables and barriers, while the first weights are on their way.
+    if (threadIdx.x == 0) {
+        for (u32 i = 0; i < X_STAGES; i++) {
+            init_barrier(shared + FULL_AT + 8 * i, 32);
+            init_barrier(shared + FREE_AT + 8 * i, WARPS);
+        }
+    }
 #pragma unroll
     for (u32 i = 0; i < ENTRIES; i++) {
         const u32 entry = first_entry + i * WARPS * 4;
@@ -256,140 +286,97 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) nf4_linear(co
     }
 #pragma unroll
     for (u32 i = 0; i < VALUES; i++) {
-        const u32 at = threadIdx.x + i * WARPS * 32;
-        if (at < 256 * p.maps_count) store4(shared + MAP_AT + 4 * at, values[i]);
+        const u32 value = threadIdx.x + i * THREADS;
+        if (value < 256 * p.maps_count) store4(shared + MAP_AT + 4 * value, values[i]);
     }
+    if (EARLY) let_next_begin();
+    __syncthreads();
 
-    // Where the walk begins. All of this is constant, so it may be read before the previous launch has ended.
-    u32 block = 0;  // number of the scale that this lane expands next; 256 of them share a nested scale
-    float nested = 0;
-    u32 map = 0;
-    const u32 home = shared | lane * 4;
-    const u32 weight_at = lane * 16, code_at = UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
-    auto enter = [&]() {
-        block = group.x + own_row * row_blocks + (k0 + k) * SUBS;
-        nested = p.nested[block >> 8];
-        map = shared + MAP_AT + 1024 * group.z;
+    // Chunks of x, one warp after another. What the previous kernel may write or still read is touched behind the first of them only.
+    const u32 stage_bytes = p.m * X_ROW;
+    u32 x_step = step, x_k = at.k, x_stop = at.stop, x_to = 0, x_turn = 0, x_warp = 0;
+    auto fetch_next = [&]() {
+        if (x_stop == 0) return;
+        if (x_warp == warp) {
+            if (x_turn > 0) wait_at(shared + FREE_AT + 8 * x_to, (x_turn - 1) & 1);
+            fetch(p, x_k & ~(CHUNK - 1), shared + X_AT + x_to * stage_bytes, shared + FULL_AT + 8 * x_to, lane);
+        }
+        if (++x_warp == WARPS) x_warp = 0;
+        if (++x_to == X_STAGES) x_to = 0, x_turn++;
+        const u32 next = min((x_k | (CHUNK - 1)) + 1, x_stop);
+        x_step += next - x_k, x_k = next;
+        if (next == x_stop) {
+            const Segment s = segment_at(p, x_step, end);
+            x_k = s.k, x_stop = s.stop;
+        }
     };
-    if (start < end) enter();
-    if (EARLY) {
-        let_next_begin();
-        wait_for_previous();
+    if (EARLY && warp < LEAD) wait_for_previous();
+    for (int i = 0; i < LEAD; i++) fetch_next();
+
+    const u32 own_row = 8 * (t & (2 * ROW_TILES - 1)) + g;  // the row whose scales this lane expands
+    const u32 row_scales = p.k_blocks * SUBS, home = shared | lane * 4;
+    u32 x_row[GROUPS];  // a column past m reads the last row; nobody looks at its result
+#pragma unroll
+    for (int q = 0; q < GROUPS; q++) {
+        const u32 row = min(8 * q + g, p.m - 1);
+        x_row[q] = shared + X_AT + row * X_ROW + (row & 1) * 64 + t * 16;
     }
-    // Activations of the slice: rows of blocks * 128 bytes, 64 more apart so that two rows lie in different banks.
-    const u32 x_stride = blocks * 128 + 64;
-    for (u32 row = 0; row < p.m; row++)
-        for (u32 c = threadIdx.x; c < blocks * 8; c += WARPS * 32)
-            copy16(shared + X_AT + row * x_stride + c * 16, p.x + (u64)row * p.k_blocks * 64 + k0 * 64 + c * 8);
-    commit();
-    wait<0>();
-    __syncthreads();
 
-    u32 x_at[GROUPS];  // a column past m reads the last row; nobody looks at its result
+    const u32 weight_lane = lane * 16, code_lane = STAGE_UNITS * UNIT_BYTES + g * 2 * ROW_TILES + (t & (2 * ROW_TILES - 1));
+    if (EARLY && at.stop) {
+        wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
+        for (int i = AHEAD; i < DEPTH; i++) ask();
+    }
+    u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
+    while (at.stop) {
+        const bool active = row_group < p.row_groups;
+        u32 block = group.x + own_row * row_scales + at.k * SUBS;  // number of the scale that this lane expands next
+        const u32 map = shared + MAP_AT + 1024 * group.z;
+        float nested = 0;  // 256 scales share one
+        if (active) nested = p.nested[block >> 8];
+        Sums sums = {};
+#pragma unroll 1
+        for (u32 k = at.k & ~(CHUNK - 1); k < at.stop; k += CHUNK) {
+            fetch_next();
+            wait_at(shared + FULL_AT + 8 * x_stage, x_parity);
 #pragma unroll
-    for (int q = 0; q < GROUPS; q++) x_at[q] = shared + X_AT + min(8 * q + g, p.m - 1) * x_stride + t * 16 + k * 128;
-
-    Sums sums = {}, begun = {};  // of the row group it is at; of the one in which it began, if that began before
-    const bool cut = k != 0;
-    bool whole = !cut;
-    u32 stage = ring;
-    for (u32 unit = start; unit < end; unit++) {
-        wait<DEPTH - 2>();
-        __syncwarp();
-        ask();
-
-        if ((block & 255) == 0) nested = p.nested[block >> 8];
-        float scale[SUBS];
+            for (int d = 0; d < CHUNK; d++) {
+                if (k + d < at.k || k + d >= at.stop || !active) continue;
+                if (d % STAGE_UNITS == 0 || k + d == at.k) wait_at(ring_full + 8 * stage, parity);
+                const u32 unit = ring + stage * STAGE_BYTES;
+                if ((block & 255) == 0) nested = p.nested[block >> 8];
+                float scale[SUBS];
 #pragma unroll
-        for (int sub = 0; sub < SUBS; sub++) {
-            const u32 c = read1(stage + code_at + sub * 16 * ROW_TILES);
-            scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * c)), nested, __int_as_float(group.y));
-        }
-        block += SUBS;
-
-        uint4 tile[ROW_TILES];
+                for (int sub = 0; sub < SUBS; sub++) {
+                    const u32 code = read1(unit + code_lane + d % STAGE_UNITS * CODE_BYTES + sub * 16 * ROW_TILES);
+                    scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * code)), nested, __int_as_float(group.y));
+                }
+                block += SUBS;
+                uint4 tile[ROW_TILES];
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(stage + i * 512 + weight_at);
-        float acc[ROW_TILES][GROUPS][4];
+                for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(unit + weight_lane + d % STAGE_UNITS * UNIT_BYTES + i * 512);
+                u32 x[GROUPS];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint4 b[GROUPS];
-#pragma unroll
-            for (int q = 0; q < GROUPS; q++) b[q] = read16(x_at[q] + half * 64);
-            if (SUBS == 2 || half == 0) {
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                    for (int q = 0; q < GROUPS; q++)
-#pragma unroll
-                        for (int c = 0; c < 4; c++) acc[i][q][c] = 0;
-            }
-#pragma unroll
-            for (int step = 0; step < 2; step++) {
-                const int j = 2 * half + step;
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    const u32 word = j == 0 ? tile[i].x : j == 1 ? tile[i].y : j == 2 ? tile[i].z : tile[i].w;
-                    u32 a[4];
-                    if (j >= 4 - ALU_WORDS) permute(levels, word, a);
-                    else look_up(home, word, a);
-#pragma unroll
-                    for (int q = 0; q < GROUPS; q++) multiply(acc[i][q], a, step ? b[q].z : b[q].x, step ? b[q].w : b[q].y);
+                for (int q = 0; q < GROUPS; q++) x[q] = x_row[q] + x_stage * stage_bytes + d * 128;
+                multiply_unit(sums, tile, scale, x, home, levels, lane);
+                if ((d + 1) % STAGE_UNITS == 0 || k + d + 1 == at.stop) {
+                    __syncwarp();
+                    ask();
+                    if (++stage == DEPTH) stage = 0, parity ^= 1;
                 }
             }
-            if (SUBS == 2 || half == 1) {
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-                    const float s0 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i));
-                    const float s1 = __shfl_sync(~0u, scale[half & (SUBS - 1)], (lane & 28) | (2 * i + 1));
-#pragma unroll
-                    for (int q = 0; q < GROUPS; q++) {
-                        sums[i][q][0] = fmaf(acc[i][q][0], s0, sums[i][q][0]);
-                        sums[i][q][1] = fmaf(acc[i][q][1], s0, sums[i][q][1]);
-                        sums[i][q][2] = fmaf(acc[i][q][2], s1, sums[i][q][2]);
-                        sums[i][q][3] = fmaf(acc[i][q][3], s1, sums[i][q][3]);
-                    }
-                }
-            }
+            __syncwarp();
+            if (lane == 0) arrive_at(shared + FREE_AT + 8 * x_stage);
+            if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
-
-        stage = stage + STAGE_BYTES == ring + DEPTH * STAGE_BYTES ? ring : stage + STAGE_BYTES;
-        k++;
-#pragma unroll
-        for (int q = 0; q < GROUPS; q++) x_at[q] += 128;
-        if (k == blocks && unit + 1 < end) {  // the last row group is seen to below
-            if (!whole) {
-#pragma unroll
-                for (int i = 0; i < ROW_TILES * GROUPS * 4; i++) (&begun[0][0][0])[i] = (&sums[0][0][0])[i];
-            } else if (p.slices == 1) {
-                write(p, sums, row_group, lane);
-            } else {
-                leave(p, sums, row_group, p.parts_of[row_group * p.slices + slice], lane);
-            }
-#pragma unroll
-            for (int q = 0; q < GROUPS; q++) x_at[q] -= k * 128;
-            k = 0;
-            whole = true;
-            group = p.groups[++row_group];
-            enter();
-#pragma unroll
-            for (int i = 0; i < ROW_TILES * GROUPS * 4; i++) (&sums[0][0][0])[i] = 0;
+        if (active) {
+            const uint2 parts = p.parts[at.row_block];
+            if (parts.y == 1) write(p, sums, row_group, lane);
+            else leave(p, sums, row_group, blockIdx.x - parts.x, parts.y, lane);
         }
+        step += at.stop - at.k;
+        at = segment_at(p, step, end);
+        row_group = row_group_of(at);
+        if (row_group < p.row_groups) group = p.groups[row_group];
     }
-
-    // Tables, ring and x are done with, as soon as all warps are: parts of the row groups cut between warps take their place.
-    const u32 parts = shared + TABLE_AT, own = parts + ((threadIdx.x >> 5) * 2 * PART + lane) * 16;
-    wait<0>();
-    __syncthreads();
-    if (start < end) {
-        if (cut && whole) put(begun, own);
-        if (whole && k == blocks) {
-            if (p.slices == 1) write(p, sums, row_group, lane);
-            else leave(p, sums, row_group, p.parts_of[row_group * p.slices + slice], lane);
-        } else {
-            put(sums, own + (whole ? PART * 16 : 0));
-        }
-    }
-    __syncthreads();
-    combine(p, parts, slice, blocks, lane);
 }

@@ -1,21 +1,20 @@
-"""Which warp works on which part of a weight, in numbers. The kernel computes the same (`first_unit`, `owner`).
+"""Which block works on which part of a weight, in numbers. The kernel is given them.
 
-A slice of K has `row_groups * blocks` units, one row group after the other. Warp w of the slice's `warps` has units
+`warps` row groups, one for each warp of a block, are a row block; a row block x 64 columns is a step. All steps form one sequence,
+row block after row block, and block b of the grid has steps cuts[b] .. cuts[b + 1] - 1. A step of the last row block, which may
+have fewer row groups, is less work: the cuts are such that each block has as many row groups x 64 columns as any other, to
+a step. A row block that is cut is done in parts, one for each block that has some of it: parts are counted from the first of these
+blocks to the last, and added in this order, which is the order of K. There are never more blocks than steps: a block
+without a step between them would be waited for.
 
-    [w * units // warps, (w + 1) * units // warps)
-
-so loads differ by one unit at most. There are never more warps than units: parts are counted from the first warp of a row group to
-its last, and a warp without a unit between them would be waited for. A row group is cut where a warp ends, and by the slices. What
-the warps of a block (`block_warps` of them) have of it is one part; parts are numbered in the order of K, all row groups after
-one another: `parts_of[row_group * slices + slice] + (block - first block of the row group in that slice)`. The
-results are added in this order.
-
-The catch: the kernel computes in 32 bits. `check_fits` says so before anything is launched.
+The catch: warps without a row group idle, and the others do not make good for all of it. `choose_warps` (halfbyte.runtime.kernels.variants)
+picks a number that divides well. The kernel counts in 32 bits; `check_fits` says so before anything is launched.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,52 +23,55 @@ from halfbyte.errors import UsageError
 
 @dataclass(frozen=True)
 class Partition:
-    """A weight of `row_groups` x `k_blocks` units, over `slices` slices of K with `warps` warps each, `block_warps` a block."""
+    """A weight of `row_groups` x `k_blocks` units over `blocks` blocks of `warps` warps."""
 
     row_groups: int
     k_blocks: int
-    slices: int
     warps: int
-    block_warps: int
+    blocks: int
 
     @classmethod
-    def over(cls, row_groups: int, k_blocks: int, slices: int, blocks: int, block_warps: int) -> Partition:
-        """With up to `blocks` blocks a slice: as many warps as the smallest slice has units, if those are fewer."""
-        warps = min(blocks * block_warps, row_groups * (k_blocks // slices))
-        return cls(row_groups, k_blocks, slices, warps, block_warps)
+    def over(cls, row_groups: int, k_blocks: int, warps: int, multiprocessors: int) -> Partition:
+        """One block a multiprocessor, or fewer: each has a step's work at least."""
+        return cls(row_groups, k_blocks, warps, max(1, min(multiprocessors, row_groups * k_blocks // warps)))
 
-    def blocks(self, part: int) -> tuple[int, int]:
-        """First and last + 1 block of 64 columns of a slice."""
-        return part * self.k_blocks // self.slices, (part + 1) * self.k_blocks // self.slices
+    @property
+    def row_blocks(self) -> int:
+        """Row blocks, the last of which may have fewer row groups."""
+        return -(-self.row_groups // self.warps)
 
-    def parts_of(self) -> np.ndarray:
-        """Number of the first part of (row group, slice), uint32 [row_groups * slices + 1]; the last is how many there are."""
-        counts = np.empty((self.row_groups, self.slices), dtype=np.int64)
-        group = np.arange(self.row_groups, dtype=np.int64)
-        for part in range(self.slices):
-            first, end = self.blocks(part)
-            n = end - first
-            units = self.row_groups * n
-            from_block = owner(group * n, units, self.warps) // self.block_warps
-            counts[:, part] = owner((group + 1) * n - 1, units, self.warps) // self.block_warps - from_block + 1
-        return np.concatenate([[0], counts.reshape(-1).cumsum()]).astype(np.uint32)
+    @property
+    def steps(self) -> int:
+        """Steps of all blocks together."""
+        return self.row_blocks * self.k_blocks
+
+    @cached_property
+    def cuts(self) -> np.ndarray:
+        """Where each block begins, and the end: uint32 [blocks + 1]"""
+        full = (self.row_blocks - 1) * self.k_blocks  # steps with a row group for every warp
+        last = self.row_groups - (self.row_blocks - 1) * self.warps
+        work = np.arange(self.blocks + 1, dtype=np.int64) * (self.row_groups * self.k_blocks) // self.blocks
+        cuts = np.where(work < full * self.warps, work // self.warps, full + (work - full * self.warps) // last)
+        return cuts.astype(np.uint32)
+
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """Of each row block: the first block that has some of it, and how many have. uint32 [row_blocks, 2]"""
+        begin = np.arange(self.row_blocks, dtype=np.int64) * self.k_blocks
+        first = np.searchsorted(self.cuts, begin, side="right") - 1
+        last = np.searchsorted(self.cuts, begin + self.k_blocks - 1, side="right") - 1
+        return np.stack([first, last - first + 1], axis=1).astype(np.uint32)
+
+    @cached_property
+    def most_parts(self) -> int:
+        """Parts that a row group has at most."""
+        return int(self.parts[:, 1].max())
 
     def check_fits(self) -> None:
         """Raises UsageError if a number would not fit 32 bits."""
-        units = self.row_groups * -(-self.k_blocks // self.slices)
-        if (units + 1) * (self.warps + 1) >= 2**32:
+        if self.steps >= 2**32 or self.row_groups * self.most_parts >= 2**32:
             raise UsageError(
                 f"{self.row_groups} row groups of {self.k_blocks} blocks are too many for one launch",
                 where="nf4_linear",
                 todo="split the weight by rows",
             )
-
-
-def first_unit(warp: int, units: int, warps: int) -> int:
-    """The unit at which a warp begins."""
-    return warp * units // warps
-
-
-def owner(unit: np.ndarray, units: int, warps: int) -> np.ndarray:
-    """The warp that has a unit."""
-    return ((unit + 1) * warps - 1) // units

@@ -1,18 +1,19 @@
-"""The compile-time choices of `nf4_linear.cu`, what they need, and how a weight is split over a GPU.
+"""The compile-time choices of `nf4_linear.cu`, what they need, and how many warps a weight is split over.
 
-Shared memory decides most of it. A block keeps the table (64 or 32 KiB), a ring of weights for each warp, and the rows of x it
-multiplies with. x has 16 rows at most in the usual case, so the columns of W are cut into slices, few enough that 16
-rows of a slice fit. The split is the same for 1 to 16 rows: it decides the order of additions, and a row of x must
-give the same bits in any batch.
+Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
+256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has
+65,536 of them in four equal parts: 16 warps may have 128 registers a thread, 12 may have 168. A number of warps that four does
+not divide leaves one quarter with less to do: its warps are done early, and the others late.
 
-    blocks of the grid = slices * (multiprocessors // slices)      one a multiprocessor, all running at once
+The split of a weight is the same for 1 to 16 rows of x: it decides the order of additions, and a row of x must give the same bits in
+any batch. So the number of warps may depend on the weight and on the device, not on the rows.
 
-The catch: a multiprocessor count that slices do not divide leaves some idle, so a slice count that divides well is preferred to the smallest.
+The catch: row groups that the number of warps does not divide leave warps idle in the last row block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from halfbyte.errors import UsageError
 
@@ -20,10 +21,12 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
-#: least share of the multiprocessors that a split should use
-GOOD_USE = 0.98
+#: steps of a block that are few
+FEW_STEPS = 16
+#: warps of a block, at most: with 128 registers a thread, and with 168
+MOST_WARPS, MOST_WIDE_WARPS = 16, 12
 
-_TABLE_AT, _MAPS, _BLOCK_COLUMNS = 2048, 4096, 64
+_TABLE_AT, _MAPS, _X_ROW = 2048, 4096, 512
 
 
 @dataclass(frozen=True)
@@ -45,110 +48,91 @@ class Device:
 class Variant:
     """One way to compile the kernel. Defaults are what the source has.
 
-    warps         in a block
+    warps         of a block
     row_tiles     of 16 rows in a unit; a property of the layout
     groups        of 8 rows of x
-    depth         units in a warp's ring
+    stage_units   units in a stage of a warp's ring: 1, 2 or 4
+    depth         stages of the ring
+    x_stages      chunks of x on their way or in use
     alu_words     of the 4 words of a tile, decoded by permutes instead of the table
     table_stride  256 or 128 bytes
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
-    prefetch      with early: units of each warp fetched as far as L2 meanwhile
-    resident      blocks that have room on a multiprocessor: with 2, an early launch gets ready beside its predecessor
+    ahead         with early: stages asked for meanwhile
     """
 
-    warps: int = 16
+    warps: int = MOST_WARPS
     row_tiles: int = 2
     groups: int = 1
-    depth: int = 4
+    stage_units: int = 4
+    depth: int = 2
+    x_stages: int = 4
     alu_words: int = 0
     table_stride: int = 256
     subs: int = 1
     early: bool = False
-    prefetch: int = 0
-    resident: int = 1
+    ahead: int = 1
 
     @property
     def defines(self) -> tuple[str, ...]:
         """Compiler options that select it."""
-        names = ("warps", "row_tiles", "groups", "depth", "alu_words", "table_stride", "subs", "early", "prefetch")
-        chosen = tuple(f"-D{name.upper()}={int(getattr(self, name))}" for name in names)
-        return (*chosen, f"-DRESIDENT={self.beside}")
+        return tuple(f"-D{field.name.upper()}={int(getattr(self, field.name))}" for field in fields(self))
 
     @property
-    def beside(self) -> int:
-        """Blocks on a multiprocessor: more than one group of x leaves room for one."""
-        return self.resident if self.groups == 1 else 1
-
-    def room(self, device: Device) -> int:
-        """Shared memory of a block, bytes; each block beside another costs 1024 more."""
-        return device.shared_bytes if self.beside == 1 else device.shared_bytes // self.beside - 1024
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps
 
     @property
     def rows(self) -> int:
         """Rows of x it takes."""
         return 8 * self.groups
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Shared memory without x; the same sums as X_AT in the source."""
+    def shared_bytes(self, rows: int) -> int:
+        """Shared memory of a block with `rows` rows of x; the same sums as X_AT in the source."""
         table = 0 if self.alu_words == 4 else 256 * self.table_stride
-        stage = self.row_tiles * (512 + 16 * self.subs)
-        return _TABLE_AT + table + _MAPS + self.warps * self.depth * stage
-
-    def shared_bytes(self, rows: int, blocks: int) -> int:
-        """Shared memory with `rows` rows of x of `blocks` * 64 columns; in the end two parts of results a warp lie there instead."""
-        parts = _TABLE_AT + self.warps * 2 * self.row_tiles * self.groups * 512
-        return max(parts, self.fixed_bytes + rows * (blocks * 2 * _BLOCK_COLUMNS + 64))
-
-    def most_blocks(self, rows: int, device: Device) -> int:
-        """Blocks of 64 columns that a slice may have, so that `rows` rows of it fit."""
-        return ((self.room(device) - self.fixed_bytes) // rows - 64) // (2 * _BLOCK_COLUMNS)
+        stage = self.stage_units * self.row_tiles * (512 + 16 * self.subs)
+        before = _TABLE_AT + table + _MAPS + self.warps * self.depth * stage
+        return -(-before // 128) * 128 + self.x_stages * rows * _X_ROW
 
 
-def choose_slices(k_blocks: int, most_blocks: int, multiprocessors: int) -> int:
-    """Slices of K: the fewest that fit and use GOOD_USE of the multiprocessors, else those that use most.
+def choose_warps(row_groups: int, most: int) -> int:
+    """Warps of a block, `most` at most and three quarters of it at least: of the even numbers the one that leaves fewest idle.
 
-    raises  UsageError if a slice cannot even hold one block of 64 columns
+    Fewer only where a weight has fewer row groups. With less than 12 warps a multiprocessor is slower, whatever divides.
     """
-    if most_blocks < 1:
-        raise UsageError("no room in shared memory for a block of x", where="variant", todo="use fewer warps or stages")
-    fewest = -(-k_blocks // most_blocks)
-    best, best_use = fewest, 0.0
-    for slices in range(fewest, min(k_blocks, multiprocessors, 4 * fewest) + 1):
-        use = slices * (multiprocessors // slices) / multiprocessors
-        if use >= GOOD_USE:
-            return slices
-        if use > best_use:
-            best, best_use = slices, use
-    return best
+    if row_groups <= most:
+        return row_groups
+    tried = range(-(-3 * most // 4), most + 1, 2)
+    return max(tried, key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
 
 
-def slices_for(variant: Variant, k_blocks: int, device: Device) -> int:
-    """Slices of K for a variant; equal for all variants with one or two groups that agree in everything else but the table.
+def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
+    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md).
 
-    So many that SHARED_ROWS rows of x fit beside the smaller table, and 8 rows also where two blocks share a multiprocessor.
+    A block that has few steps to do asks for its weights in smaller pieces: the first product is earlier, the last piece fuller.
     """
-    small = replace(variant, table_stride=128)
-    shared = replace(small, groups=max(variant.groups, SHARED_ROWS // 8))
-    most = shared.most_blocks(shared.rows, device)
-    if variant.groups <= SHARED_ROWS // 8:
-        most = min(most, replace(small, groups=1).most_blocks(8, device))
-    return choose_slices(k_blocks, most, device.multiprocessors)
-
-
-def default_variant(rows: int, row_tiles: int, subs: int, k_blocks: int, device: Device) -> Variant:
-    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md)."""
     groups = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    roomy, early = device.shared_bytes > 200_000, device.capability >= (9, 0)
-    warps, depth = (16, 3) if roomy and groups < 4 else (8, 4)
-    variant = Variant(warps=warps, depth=depth, row_tiles=row_tiles, groups=groups, subs=subs, early=early)
-    return fitting(variant, rows, k_blocks, device)
+    warps = choose_warps(row_groups, MOST_WARPS if groups < 4 else MOST_WIDE_WARPS)
+    steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
+    variant = Variant(
+        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if groups < 4 and steps >= FEW_STEPS else 2,
+        early=device.capability >= (9, 0),
+    )  # fmt: skip
+    return fitting(variant, rows, device)
 
 
-def fitting(variant: Variant, rows: int, k_blocks: int, device: Device) -> Variant:
-    """The variant with the larger table if that fits, else with the smaller. The bits are the same."""
-    blocks = -(-k_blocks // slices_for(variant, k_blocks, device))
-    large = replace(variant, table_stride=256)
-    fits = large.shared_bytes(rows, blocks) <= variant.room(device)
-    return large if fits else replace(variant, table_stride=128)
+def fitting(variant: Variant, rows: int, device: Device) -> Variant:
+    """The variant with the larger table and all its stages if those fit, else with less. The bits are the same. raises UsageError"""
+    units, depth, stages = variant.stage_units, variant.depth, variant.x_stages
+    less = [(256, units, depth, n) for n in range(stages, 1, -1)] + [
+        (128, units, depth, 2),
+        (128, 2, depth, 2),
+        (128, 1, 3, 2),
+        (128, 1, 2, 2),
+    ]
+    for stride, units, depth, stages in less:
+        tried = replace(variant, table_stride=stride, stage_units=units, depth=depth, x_stages=stages)
+        if tried.shared_bytes(rows) <= device.shared_bytes:
+            return tried
+    raise UsageError(f"no room in shared memory for {rows} rows of x", where=str(variant), todo="use fewer stages")

@@ -111,9 +111,11 @@ def compile_ahead(ours: Nf4Linear) -> None:
     from halfbyte.runtime.kernels import build, driver, variants
 
     weight = ours.weight.tensors
-    device = driver.device_of(ours.tiles.device.index or 0)
+    device, row_groups = driver.device_of(ours.tiles.device.index or 0), weight.groups.shape[0]
     wanted = {
-        variants.default_variant(min(m, variants.MOST_ROWS), weight.row_tiles, weight.subs, weight.k_blocks, device)
+        variants.default_variant(
+            min(m, variants.MOST_ROWS), weight.row_tiles, weight.subs, row_groups, weight.k_blocks, device
+        )
         for m in ROWS
         if m <= MOST_KERNEL_ROWS
     }
