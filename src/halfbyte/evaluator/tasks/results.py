@@ -79,7 +79,7 @@ def _accuracy(task: Task, graded: Graded) -> dict[str, Any]:
     return {
         **_share(right, n),
         "tokens": sum(said.tokens for said in asked.answers),
-        "cut_off": sum(said.tokens >= task.max_new_tokens for said in asked.answers),
+        "cut_off": 0 if task.forced else sum(said.tokens >= task.max_new_tokens for said in asked.answers),
         "answers": {"file": f"answers/{asked.path.name}", "cached": asked.cached, "seconds": asked.seconds},
         "versions": dict(asked.versions),
     }
