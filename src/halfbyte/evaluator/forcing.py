@@ -7,8 +7,9 @@ Right is what lm-eval's lambada_openai calls right: with the true tokens before 
 model that generates greedily would then have written the target itself, so nothing has to be generated.
 
 The target's tokens are those that the text's own encoding does not share with that of the text before the target, so a tokenizer that merges
-across the cut is asked for the merged token. A <bos> stands in front if the tokenizer itself puts one there (Gemma's does,
-SmolLM2's does not). No chat template: this is text to go on with, not a question.
+across the cut is asked for the merged token. No chat template: this is text to go on with, not a question. A <bos> stands in front if the
+tokenizer puts one there itself, or if the template does and writes it once in a whole conversation (Gemma). A token that opens every
+turn (SmolLM2's <|im_start|>, which its files call <bos>) is a mark of turns, and no model was trained to find bare text behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from halfbyte.evaluator.answers import Answer
 from halfbyte.evaluator.scoring.choosing import greedy_choices
 from halfbyte.layers.rows import Rows
 from halfbyte.layers.weights import Weights
-from halfbyte.texts.protocols import encode, tokenizer_facts
+from halfbyte.texts.protocols import encode, is_instruct, prompt_ids, tokenizer_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +47,7 @@ def forced_rows(texts: Sequence[Forced], tokenizer: Any) -> Rows:
     """A row a text, every token of its target scored; raises SourceError, naming the text, if no token stands before it."""
     import numpy as np
 
-    bos = tokenizer.bos_token_id
-    starts = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+    starts = _starts(tokenizer)
     tokens, scored = [], []
     for text in texts:
         whole, before = encode(tokenizer, text.before + text.target), encode(tokenizer, text.before)
@@ -77,6 +77,17 @@ def force(
         _answer(text, top, ids[1:][mask[:-1]], tokenizer)
         for text, top, ids, mask in zip(texts, chosen, rows.tokens, rows.scored, strict=True)
     ]
+
+
+def _starts(tokenizer: Any) -> list[int]:
+    """[<bos>] where bare text has one in front, else []."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer.encode("")[:1] == [bos]:
+        return [] if bos is None else [bos]
+    if not is_instruct(tokenizer):
+        return []
+    ids = prompt_ids(tokenizer, [{"role": role, "content": "a"} for role in ("user", "assistant", "user")])
+    return [bos] if ids[0] == bos and ids.count(bos) == 1 else []
 
 
 def _answer(text: Forced, top: np.ndarray, labels: np.ndarray, tokenizer: Any) -> Answer:

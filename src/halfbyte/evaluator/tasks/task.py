@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluator.answers import Question
-from halfbyte.evaluator.forcing import Forced
+from halfbyte.evaluator.forcing import NAME, VERSION, Forced
 from halfbyte.records import digest
 
 
@@ -68,7 +68,7 @@ class Task:
     def digest(self) -> str:
         """Of what a model is shown: ids, prompts, images, and the targets that are forced. Other keys and grades never reach it."""
         if self.forced:
-            return digest([[item.id, item.prompt, item.key] for item in self.items])
+            return digest([NAME, VERSION, [[item.id, item.prompt, item.key] for item in self.items]])
         return digest([[item.id, item.prompt, self.images.get(item.id)] for item in self.items])
 
     def questions(self) -> list[Question]:
