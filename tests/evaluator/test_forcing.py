@@ -151,3 +151,10 @@ def test_bos_stands_in_front_of_bare_text_unless_it_opens_every_turn(
 ) -> None:
     rows = forced_rows([Forced("a", "k", "x", " y")], Framed(alone, first, turn))
     assert rows.tokens[0].tolist() == [*starts, *map(ord, "x y")]
+
+
+@pytest.mark.gpu
+def test_gpu_choices_are_the_cpu_s(source: Weights, tokenizer: Any) -> None:
+    rows = forced_rows(TEXTS, tokenizer)
+    cpu, gpu = (greedy_choices(source, rows, device=each, dtype="float32", batch=2) for each in ("cpu", "cuda"))
+    assert [top.tolist() for top in gpu] == [top.tolist() for top in cpu]
