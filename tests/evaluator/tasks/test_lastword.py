@@ -58,11 +58,11 @@ def test_refusals_name_the_line(tmp_path: Path, row: dict[str, Any], message: st
 
 
 def test_another_target_is_another_question_and_another_source_is_not(tmp_path: Path) -> None:
-    def digest(**more: str) -> str:
-        return read_lastword(written(tmp_path, {"text": "into the box", **more})).digest
+    def digest(text: str = "into the box", **more: str) -> str:
+        return read_lastword(written(tmp_path, {"text": text, **more})).digest
 
-    assert len({digest(), digest(target="the box")}) == 2
-    assert digest() == digest(source="Some paragraph.")
+    assert len({digest(), digest(target="the box"), digest("into the bag")}) == 3
+    assert digest() == digest(source="Some paragraph.", kind="other")
 
 
 def test_the_longest_answer_is_no_matter_of_a_task_that_generates_none(tmp_path: Path) -> None:
