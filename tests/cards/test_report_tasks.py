@@ -138,3 +138,19 @@ def test_lost_answers_are_shown_before_gained_ones() -> None:
     task = Task("questions", 1, items, 9, "the same", [], lambda item, text: True)
     block = block_of(task, "reference", {"": graded(task, "a", {5, 3}), "c": graded(task, "b", {0, 3})}, 0.02)
     assert [(e["id"], e["lost"]) for e in block["candidates"][0]["examples"]] == [("5", True), ("0", False)]
+
+
+def test_later_candidates_are_set_against_the_first_wherever_tasks_are_printed(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    items = [Item(str(n), "k", "p") for n in range(100)]
+    task = Task("lastword", 1, items, 0, "the same", [], lambda item, text: True, forced=True)
+    right = {"": range(60), "x@nf4": range(20, 60), "gptq": range(15, 60)}
+    block = block_of(task, "reference", {key: graded(task, key, set(of)) for key, of in right.items()}, 0.02)
+    one = {**record, "tasks": [{**block, "metric": "lastword[raw,forced]", "template": None}], "task_effects": []}
+    line = "gptq against x@nf4: difference +5.0 points"
+    for text in (text_of(render(one, tmp_path)), section(one).replace("\\", ""), on_terminal(one)):
+        assert line in text
+        assert "0 lost and 5 gained" in text
+        assert "o answers, one forward pass an item" in text
+        assert "at most 0 tokens" not in text

@@ -110,6 +110,24 @@ def test_an_answer_ends_with_its_stop_token_and_the_rest_is_padding(
     assert any(len(tokens) == 10 for tokens in expected)
 
 
+def test_a_batch_takes_one_step_a_token_and_ends_with_its_longest_answer(
+    loaded: Any, questions: list[Question], one_by_one: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's time is made of: forward passes. One over the prompts, then one token a row, until every row has stopped."""
+    model, processor = loaded
+    stops = {answer.tokens[3] for answer in one_by_one[::2]}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(stops))
+    widths: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, inputs, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = answer_questions(model, processor, questions[::2], batch_size=4, max_new_tokens=10)
+    hook.remove()
+    longest = max(len(answer.tokens) for answer in found)
+    assert longest <= 4
+    assert widths[1:] == [1] * (longest - 1)
+
+
 def test_the_right_answer_is_correct_whatever_its_case(
     loaded: Any, questions: list[Question], one_by_one: list[Answer]
 ) -> None:

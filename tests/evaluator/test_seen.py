@@ -56,3 +56,20 @@ def test_other_text_is_measured_and_the_record_names_the_method(
     method = body["bases"][0]["candidates"][0]["method"]
     assert (method["name"], method["calibration"]["name"]) == ("scale", "own.jsonl")
     assert "hashes" not in method["calibration"]
+
+
+def test_a_last_word_is_known_by_the_paragraph_it_was_cut_from(
+    tiny_gemma4: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    line = {"id": "3.1", "text": PARAGRAPH.partition(",")[0]}
+
+    def asked(**more: str) -> None:
+        (tmp_path / "words.jsonl").write_text(json.dumps({**line, **more}))
+        halfbyte.evaluate(
+            tiny_gemma4, [str(calibrated)], protocol="none", task=f"lastword={tmp_path / 'words.jsonl'}",
+            out=tmp_path / "out", layers=False,
+        )  # fmt: skip
+
+    with pytest.raises(UsageError, match=r"calibrated on 1 of the documents to be measured on: lastword 3\.1"):
+        asked(source=PARAGRAPH)
+    asked()  # the piece alone is not known: only exact text is found

@@ -41,7 +41,7 @@ def command(
     write_reference: Annotated[Path | None, typer.Option(help="Also write the reference as a pack, to score against without it.")] = None,
     pack_head: Annotated[bool, typer.Option(help="Put the output embedding into that pack too.")] = False,
     task: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: gsm8k, ifeval, mbpp or questions; may be repeated.")
+        list[str] | None, typer.Option(help="NAME=FILE: gsm8k, ifeval, mbpp, questions or lastword; may be repeated.")
     ] = None,
     allow_code: Annotated[bool, typer.Option(help="Run the code that models write for mbpp, in a sandbox.")] = False,
     task_limit: Annotated[int | None, typer.Option(help="First so many items of each task.")] = None,

@@ -17,7 +17,7 @@ from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.material import Material
 from halfbyte.evaluator.job.writing import own_checkpoint
 from halfbyte.evaluator.packed import PackedReference
-from halfbyte.evaluator.tasks.task import Task
+from halfbyte.evaluator.tasks.task import Item, Task
 from halfbyte.records import read_record
 from halfbyte.texts.calibration import chat_hashes, prompt_hashes, shared_documents, text_hashes
 
@@ -67,4 +67,11 @@ def _measured(base: Base, material: Material, tasks: Sequence[Task]) -> Iterator
     else:
         yield from ((chat.name, chat_hashes(chat)) for chat in material.chats)
         yield from ((document.name, text_hashes(document.text)) for document in material.documents)
-    yield from ((f"{task.name} {item.id}", prompt_hashes(item.prompt)) for task in tasks for item in task.items)
+    yield from ((f"{task.name} {item.id}", _shown(task, item)) for task in tasks for item in task.items)
+
+
+def _shown(task: Task, item: Item) -> set[str]:
+    """An item's hashes; where text is laid before the model, of the whole of it, and of what it was cut from."""
+    if not task.forced:
+        return prompt_hashes(item.prompt)
+    return text_hashes(item.prompt + item.key) | (text_hashes(item.source) if item.source else set())

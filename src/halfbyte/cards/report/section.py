@@ -38,6 +38,8 @@ def section(record: Mapping[str, Any]) -> str:
             parts += ["", *(f"- {text(line)}" for line in lines)]
     for block in record.get("tasks", ()):
         parts += ["", _task_heading(block), "", str(_task_table(block))]
+        if lines := tasks.comparisons(block):
+            parts += ["", *(f"- {text(line)}" for line in lines)]
     if record["effects"]:
         parts += ["", "Two bases: D is what quantization cost each, T what training did, I = D(QAT) - D(vanilla).", ""]
         rows = [(e["effect"], code(e["protocol"]), e["metric"], e["precision"], interval(e), e["verdict"]) for e in record["effects"]]  # fmt: skip
@@ -77,7 +79,7 @@ def _heading(block: Mapping[str, Any]) -> str:
 
 def _task_heading(block: Mapping[str, Any]) -> str:
     facts: list[Any] = [code(block["metric"]), f"version {block['version']}", f"{block['n']:,} items"]
-    facts += [joined([file["name"] for file in block["data"]]), f"answers of at most {block['max_new_tokens']} tokens"]
+    facts += [joined([file["name"] for file in block["data"]]), tasks.answers(block)]
     return str(joined(facts))
 
 

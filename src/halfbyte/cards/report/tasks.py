@@ -50,6 +50,21 @@ def difference(flips: Mapping[str, Any]) -> str:
     return f"{100 * flips['difference']:+.1f} points [{low}, {high}]"
 
 
+def answers(block: Mapping[str, Any]) -> str:
+    """How long answers could be; a task that generates none says so."""
+    longest = block["max_new_tokens"]
+    return f"answers of at most {longest} tokens, greedy" if longest else "no answers, one forward pass an item"
+
+
+def comparisons(block: Mapping[str, Any]) -> list[str]:
+    """A sentence for every later candidate against the first."""
+    return [
+        f"{short_name(c['candidate'])} against {short_name(c['against'])}: difference {difference(c['flips'])}, {c['flips']['only_reference']} "
+        f"lost and {c['flips']['only_candidate']} gained (p {number(c['flips']['p'])}), {c['verdict']}"
+        for c in block.get("comparisons", ())
+    ]
+
+
 def share(found: Mapping[str, Any]) -> str:
     """`61.3 % [58.6, 63.9]`."""
     return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
@@ -75,7 +90,7 @@ def table_of(block: Mapping[str, Any]) -> dict[str, Any]:
     facts = [f"{name}: {', '.join(f'{k} {v}' for k, v in each.items()) if isinstance(each, dict) else each}" for name, each in block["facts"].items()]  # fmt: skip
     margin = f"The margin of {100 * candidates[0]['margin']:g} points was stated beforehand." if candidates else ""
     return {
-        "block": block, "rows": rows, "names": [short_name(c["candidate"]) for c in candidates], "margin": margin,
+        "block": block, "rows": rows, "answers": answers(block), "comparisons": comparisons(block), "names": [short_name(c["candidate"]) for c in candidates], "margin": margin,
         "files": ", ".join(f"{file['name']} (sha256 {file['sha256'][:16]})" for file in block["data"]),
         "frame": ", inside the chat template" if block["template"] else ", bare prompts (no chat template)",
         "facts": f" {'; '.join(facts)}." if facts else "",

@@ -68,10 +68,10 @@ def _protocol(block: Mapping[str, Any]) -> list[str]:
 def _task(block: Mapping[str, Any]) -> list[str]:
     own = block["reference"]
     base = "" if block["base"] == "reference" else f", base {block['base']}"
+    cut = f"{own['cut_off']} answers cut off at {block['max_new_tokens']} tokens" if block["max_new_tokens"] else tasks.answers(block)  # fmt: skip
     lines = [
         f"{block['metric']} v{block['version']}{base}",
-        f"  {block['n']:,} items from {', '.join(file['name'] for file in block['data'])}; reference {tasks.share(own)}, "
-        f"{own['cut_off']} answers cut off at {block['max_new_tokens']} tokens",
+        f"  {block['n']:,} items from {', '.join(file['name'] for file in block['data'])}; reference {tasks.share(own)}, {cut}",
     ]
     rows = [("candidate", "accuracy", "lost", "gained", "p", "difference", "same text", "verdict")]
     for c in block["candidates"]:
@@ -80,7 +80,7 @@ def _task(block: Mapping[str, Any]) -> list[str]:
             c["candidate"], tasks.share(c), str(flips["only_reference"]), str(flips["only_candidate"]), number(flips["p"]),
             tasks.difference(flips), str(c["same_text"]), c["verdict"],
         ))  # fmt: skip
-    return [*lines, *table(rows)]
+    return [*lines, *table(rows), *(f"  {line}" for line in tasks.comparisons(block))]
 
 
 def said(found: Mapping[str, Any]) -> str:

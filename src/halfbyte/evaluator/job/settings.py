@@ -42,7 +42,7 @@ class Settings:
     layers          also measure the error of every weight tensor, and of the residual stream after every layer
     write_reference a file for a reference pack (halfbyte.evaluator.packed): the reference under the one protocol that is run
     pack_head       put the output embedding into that pack too: for candidates whose own differs
-    task            "NAME=FILE" each (halfbyte.evaluator.tasks.opening): gsm8k, ifeval, mbpp, questions
+    task            "NAME=FILE" each (halfbyte.evaluator.tasks.opening): gsm8k, ifeval, mbpp, questions, lastword
     allow_code      code that models write for mbpp may be run, in a sandbox (halfbyte.evaluator.tasks.sandbox)
     task_limit      the first so many items of each task, in the file's order; None: all
     task_margin     accuracy: a paired difference whose interval lies within it is a tie

@@ -154,8 +154,8 @@ def keep_reference(reference: Weights, rows: Rows, **how: Unpack[How]) -> KeptRe
     device, dtype, batch = how.get("device", "cpu"), how.get("dtype", "float32"), how.get("batch", 8)
     check_device(device)
     streaming = how.get("streaming", "auto")
-    streamed = _streams(reference, rows, (device, dtype), streaming)
-    run = Run(_opener(rows, device, dtype, streamed), rows, batch)
+    streamed = streams(reference, rows, (device, dtype), streaming)
+    run = Run(opener(rows, device, dtype, streamed), rows, batch)
     kept = run.keep(reference, floor=how.get("floor", True), layers=how.get("layers", False))
     kept.facts.update(
         device=device, device_name=_device_name(device), dtype=dtype, attention="sdpa", batch=batch, streamed=streamed
@@ -180,16 +180,16 @@ def score_against(
     here = kept if kept.head is None else replace(kept, head=kept.head.to(device))
     found = []
     for weights in candidates:
-        streamed = _streams(weights, kept.rows, (device, dtype), streaming)
-        found.append(Run(_opener(kept.rows, device, dtype, streamed), kept.rows, kept.batch).candidate(here, weights))
-    scores = Run(_opener(kept.rows, device, dtype, False), kept.rows, kept.batch).scores(kept, found)
+        streamed = streams(weights, kept.rows, (device, dtype), streaming)
+        found.append(Run(opener(kept.rows, device, dtype, streamed), kept.rows, kept.batch).candidate(here, weights))
+    scores = Run(opener(kept.rows, device, dtype, False), kept.rows, kept.batch).scores(kept, found)
     scores.facts.update(device=device, device_name=_device_name(device), versions=versions())
     if scores.facts["device_name"] != kept.facts["device_name"]:
         scores.facts["device_of_reference"] = kept.facts["device_name"]
     return scores
 
 
-def _streams(weights: Weights, rows: Rows, where: tuple[str, str], streaming: bool | Literal["auto"]) -> bool:
+def streams(weights: Weights, rows: Rows, where: tuple[str, str], streaming: bool | Literal["auto"]) -> bool:
     """Whether to go layer by layer; raises PlanError where pictures would have to (a whole model that does not fit says so)."""
     if isinstance(rows, PictureRows):
         if streaming is True:
@@ -200,7 +200,7 @@ def _streams(weights: Weights, rows: Rows, where: tuple[str, str], streaming: bo
     return must_stream(weights, *where) if streaming == "auto" else streaming
 
 
-def _opener(rows: Rows, device: str, dtype: str, streamed: bool) -> OpenModel:
+def opener(rows: Rows, device: str, dtype: str, streamed: bool) -> OpenModel:
     def open_model(weights: Weights) -> HiddenStates:
         if streamed:
             return StreamedModel(weights, device, dtype)
@@ -234,7 +234,7 @@ class Run:
         try:
             first = self.batches[:1]
             residuals = self._tap(model) if layers and isinstance(model, Tapped) else None
-            _prepare(model, [(self.batches, None), (first, None), *([(self.batches, FLOOR_SEED)] if floor else [])])
+            prepare(model, [(self.batches, None), (first, None), *([(self.batches, FLOOR_SEED)] if floor else [])])
             states = [states.cpu() for states in self._states(model, f"reference {reference.label}")]
             again = next(iter(model.hidden_states(first)))
             compared = _compare_batch(first[0], states[0], again, model.head, model.head)
@@ -257,7 +257,7 @@ class Run:
             errors = None if kept.residuals is None else ResidualErrors(kept.residuals)
             if errors is not None and isinstance(model, Tapped) and shape_of(model) == errors.kept.shape:
                 model.tap = errors
-            _prepare(model, [(self.batches, None)])
+            prepare(model, [(self.batches, None)])
             head = kept.head
             if head is None:
                 head = model.head
@@ -302,7 +302,7 @@ class Run:
         nll, top = [], []
         with torch.inference_mode(), exact_float32():
             for batch, states in zip(self.batches, kept, strict=True):
-                for prediction, _ in _predictions(batch, states, head):
+                for prediction, _ in predictions(batch, states, head):
                     nll.append(prediction.nll.cpu())
                     top.append(prediction.top_probability.cpu())
         return Reference(weights.label, weights.digest, self._sorted(nll), self._sorted(top))
@@ -337,7 +337,7 @@ def in_row_order(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray, np.n
     return row[order], position[order], label[order], order
 
 
-def _prepare(model: HiddenStates, passes: Sequence[Pass]) -> None:
+def prepare(model: HiddenStates, passes: Sequence[Pass]) -> None:
     if isinstance(model, Prepares):
         model.prepare(passes)
 
@@ -363,14 +363,14 @@ def _compare_batch(
             todo="a candidate is compared with the reference it was made from",
         )
     with torch.inference_mode(), exact_float32():
-        pairs = zip(_predictions(batch, mine, head), _predictions(batch, theirs, their_head), strict=True)
+        pairs = zip(predictions(batch, mine, head), predictions(batch, theirs, their_head), strict=True)
         return [
             _Compared(kl_divergence(p, q).cpu(), q.nll.cpu(), (p.top == q.top).cpu(), delta_p(p, q).cpu())
             for (p, _), (q, _) in pairs
         ]
 
 
-def _predictions(batch: Batch, states: torch.Tensor, head: Head) -> Iterator[tuple[Prediction, torch.Tensor]]:
+def predictions(batch: Batch, states: torch.Tensor, head: Head) -> Iterator[tuple[Prediction, torch.Tensor]]:
     """(prediction, labels) of a batch's scored positions, POSITIONS at a time."""
     import torch
 

@@ -7,7 +7,7 @@ both, lost, gained. Accuracies may agree while many answers flip both ways, so f
 task         the seam: items, how many tokens an answer may have, and a grade
 lines        JSON files of strangers, read with caps and line numbers
 opening      `NAME=FILE` -> tasks; what must be refused is refused here
-gsm8k, ifeval, mbpp, questions    one reader and one grade each
+gsm8k, ifeval, mbpp, questions, lastword    one reader and one grade each; lastword alone generates nothing
 sandbox      where the code of an answer runs
 asking       every model's answers, kept on disk under the digest of what they depend on
 results      answers -> accuracies, flips, verdicts as record values; two bases -> the 2 x 2

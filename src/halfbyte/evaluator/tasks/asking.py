@@ -8,7 +8,8 @@ a model has finished a task, atomically, so a run that was stopped goes on there
 does not have the digest it states, or to other items, is not believed and the questions are asked again.
 
 One transformers model is built for a base and wears each candidate's weights in turn (`evaluator.answering`); if all answers are
-on disk it is never built. The whole model has to fit: unlike scoring, answering is not done layer by layer.
+on disk it is never built. The whole model has to fit: unlike scoring, answering is not done layer by layer. Tasks that are forced
+(`evaluator.forcing`) generate nothing: they come first, each model opened as the scorer opens it, layer by layer where it does not fit.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from halfbyte.evaluator.answering import Answerer
-from halfbyte.evaluator.answers import answer_questions
+from halfbyte.evaluator.answers import Answer, answer_questions
+from halfbyte.evaluator.forcing import force, forced_rows
 from halfbyte.evaluator.tasks.task import Task
 from halfbyte.format.shards import hash_file
 from halfbyte.layers.model import exact_float32
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import note
 from halfbyte.records import digest, versions, write_text_atomic
+from halfbyte.texts.protocols import load_tokenizer
 
 FORMAT = 1
+Maker = Callable[[Weights, Task], list[Answer]]
 #: files beside the weights that decide what a model is shown and when it stops
 COMPANIONS = ("tokenizer*", "*processor_config.json", "chat_template*", "generation_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.*", "merges.txt")  # fmt: skip
@@ -83,31 +88,54 @@ def ask(
     }
     found = {(task.name, each): _stored(_path(place, task, f"{name}-{each}", keys[task.name, each]), keys[task.name, each], task)
              for each in models for task in tasks}  # fmt: skip
-    answerer: Answerer | None = None
-    for each, weights in models.items():
-        for task in tasks:
-            label = f"{task.name}, {each or name}"
-            if (kept := found[task.name, each]) is not None:
-                note(f"{label}: answers from {kept.path.name}")
-                continue
-            if answerer is None:
-                answerer = Answerer(reference, device=place.device, dtype=place.dtype)
-            answerer.wear(weights)
-            key = keys[task.name, each]
-            found[task.name, each] = _answer(answerer, task, place, _path(place, task, f"{name}-{each}", key), key)
+    for (task_name, each), kept in found.items():
+        if kept is not None:
+            note(f"{task_name}, {each or name}: answers from {kept.path.name}")
+    makers: list[Maker] = [_Forcer(reference, place), _Asker(reference, place)]
+    for maker, forced in zip(makers, (True, False), strict=True):
+        for each, weights in models.items():
+            for task in (task for task in tasks if task.forced is forced and found[task.name, each] is None):
+                key = keys[task.name, each]
+                path = _path(place, task, f"{name}-{each}", key)
+                found[task.name, each] = _write(partial(maker, weights, task), path, key)
     return {
         task.name: {each: asked for each in models if (asked := found[task.name, each]) is not None} for task in tasks
     }
 
 
-def _answer(answerer: Answerer, task: Task, place: Place, path: Path, key: str) -> Asked:
+class _Asker:
+    """Generated answers; the model is built when the first is wanted."""
+
+    def __init__(self, reference: Weights, place: Place) -> None:
+        self.reference, self.place = reference, place
+        self.answerer: Answerer | None = None
+
+    def __call__(self, weights: Weights, task: Task) -> list[Answer]:
+        if self.answerer is None:
+            self.answerer = Answerer(self.reference, device=self.place.device, dtype=self.place.dtype)
+        self.answerer.wear(weights)
+        with exact_float32():
+            return answer_questions(
+                self.answerer.model, self.answerer.processor, task.questions(), batch_size=self.place.batch,
+                max_new_tokens=task.max_new_tokens, device=self.place.device,
+            )  # fmt: skip
+
+
+class _Forcer:
+    """Forced answers; all models read the rows of the reference's tokenizer."""
+
+    def __init__(self, reference: Weights, place: Place) -> None:
+        self.reference, self.place = reference, place
+
+    def __call__(self, weights: Weights, task: Task) -> list[Answer]:
+        tokenizer, texts = load_tokenizer(self.reference), task.forced_texts()
+        rows, place = forced_rows(texts, tokenizer), self.place
+        return force(weights, texts, rows, tokenizer, device=place.device, dtype=place.dtype, batch=place.batch)
+
+
+def _write(make: Callable[[], list[Answer]], path: Path, key: str) -> Asked:
     started = time.perf_counter()
-    with exact_float32():
-        found = answer_questions(
-            answerer.model, answerer.processor, task.questions(), batch_size=place.batch,
-            max_new_tokens=task.max_new_tokens, device=place.device,
-        )  # fmt: skip
-    answers = [Said(answer.id, answer.text, len(answer.tokens)) for answer in found]
+    answers = [Said(answer.id, answer.text, len(answer.tokens)) for answer in make()]
     rows = [[said.id, said.text, said.tokens] for said in answers]
     notes = {"seconds": time.perf_counter() - started, "versions": versions()}
     body = {"format": FORMAT, "key": key, "content": digest(rows), **notes, "answers": rows}

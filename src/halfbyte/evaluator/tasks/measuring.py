@@ -67,9 +67,16 @@ def measure_tasks(
         for task in tasks:
             graded[base.name, task.name] = grade_all(task, asked[task.name])
             block = block_of(task, base.name, graded[base.name, task.name], settings.task_margin)
-            frame = "chat" if facts["instruct"] else "raw"
-            blocks.append({**block, "metric": f"{task.name}[{frame},greedy]", "template": facts["template"]})
+            blocks.append({**block, **_frame(task, facts)})
     return {"tasks": blocks, "task_effects": _effects(bases, tasks, graded, settings, pairs)}
+
+
+def _frame(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The metric's name and the template's digest: forced tasks have none, whatever the model has."""
+    if task.forced:
+        return {"metric": f"{task.name}[raw,forced]", "template": None}
+    frame = "chat" if facts["instruct"] else "raw"
+    return {"metric": f"{task.name}[{frame},greedy]", "template": facts["template"]}
 
 
 def _effects(

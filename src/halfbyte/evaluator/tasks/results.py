@@ -5,6 +5,9 @@ The verdict asks whether the difference of accuracies is too small to matter, by
 two answers of a hundred, less than another wording of the prompt moves most models, and still decidable by the files people have (with 5 % of
 answers flipping, 1,319 items bound the difference to +- 1.2 points; 200 items to +- 3, which is "undecided" and should be).
 
+Candidates are compared among themselves too, each later one with the first named: whether another way of rounding is worse than the plain
+one is not read off two differences from the reference, whose noise it shares.
+
 By kind there are intervals and p but no verdicts: with twenty kinds one p below 0.05 is what chance gives.
 
 Two bases: D, T and I of accuracy over the same items (`evaluator.statistics.figures`), every item a document. D and T are paired
@@ -69,7 +72,21 @@ def block_of(task: Task, base: str, graded: Mapping[str, Graded], margin: float)
         "candidates": [
             {"candidate": key, **_candidate(task, own, found, margin)} for key, found in graded.items() if key
         ],
+        "comparisons": _comparisons(graded, margin),
     }  # fmt: skip
+
+
+def _comparisons(graded: Mapping[str, Graded], margin: float) -> list[dict[str, Any]]:
+    """Every later candidate against the first: what a better way of rounding gained is a paired difference too."""
+    first, *others = [key for key in graded if key] or [""]
+    found = {key: compare_answers(graded[first].items, graded[key].items)["all"] for key in others}
+    return [
+        {
+            "candidate": key, "against": first, "flips": _flips(each), "margin": margin,
+            "verdict": verdict(each.low, each.high, margin, better="higher"), "same_text": each.same_text,
+        }
+        for key, each in found.items()
+    ]  # fmt: skip
 
 
 def _accuracy(task: Task, graded: Graded) -> dict[str, Any]:
@@ -79,7 +96,7 @@ def _accuracy(task: Task, graded: Graded) -> dict[str, Any]:
     return {
         **_share(right, n),
         "tokens": sum(said.tokens for said in asked.answers),
-        "cut_off": sum(said.tokens >= task.max_new_tokens for said in asked.answers),
+        "cut_off": 0 if task.forced else sum(said.tokens >= task.max_new_tokens for said in asked.answers),
         "answers": {"file": f"answers/{asked.path.name}", "cached": asked.cached, "seconds": asked.seconds},
         "versions": dict(asked.versions),
     }
