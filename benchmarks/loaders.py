@@ -6,16 +6,17 @@
 CHECKPOINT is one in NF4, or a source, which is quantized first by gptq. For small models: three copies are in memory at once.
 
     stock   transformers' own `from_pretrained`, bitsandbytes' linears
+    plain   the same with `support_avx512bf16_for_cpu` off, only where that path was taken (see the catch)
     ours    `halfbyte.load(fast=True)`: on a GPU our kernels, on a CPU the codec
     exact   the same class in float32 with level times scale, from the file's bytes by the codec's reference: the judge of both
 
 Weights: what bitsandbytes and ours expand, in bf16 and float32, against the reference, bit for bit. Products y = x W^T in bf16 for 1 to
 64 rows: relative error (Frobenius) against float64; ours must not be above bitsandbytes' (by more than `SLACK`, where both do the same sums
 in another order). On a GPU each of our paths is asked by itself, not only the one that is fastest there. Logits of whole prompts: relative
-error and KLD against the exact model. Greedy texts of stock and ours: where they part, the exact model is asked which token it prefers.
+error and KLD against the exact model, for both; these are bounded only loosely (`LOOSE`), see there. Greedy texts of stock and ours: where they part, the exact model is asked which token it prefers.
 
-The catch: bitsandbytes 0.50 on a CPU with AVX512-BF16 rewrites its weights in the first forward pass and rounds the scales to bf16, for good. So
-weights are compared before, and what it then says of a prompt is that path's, not its CUDA kernel's. The last line is one JSON object, `--json-out`
+The catch: bitsandbytes on a CPU with AVX512-BF16 rewrites its weights in the first forward pass and rounds the scales to bf16, for good. So
+weights are compared before, and what it then says of a prompt is that path's, not its CUDA kernel's; its plain path is asked beside it. The last line is one JSON object, `--json-out`
 adds the rows; exit code 1 if anything is out of bounds.
 """
 
@@ -36,39 +37,42 @@ from typing import Any
 
 import torch
 from greedy import by_stock, gap_of
+from loaded import (
+    PROMPTS,
+    TIE,
+    Checkpoint,
+    count_packed,
+    exact_model,
+    expand,
+    load_plain,
+    load_stock,
+    read_checkpoint,
+    scales_of,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from runtime.stored_weights import dense
 
 import halfbyte
-from halfbyte.codec import Nested, reference
 from halfbyte.errors import HalfbyteError
-from halfbyte.format.checkpoint import SafetensorsSource, read_config
+from halfbyte.format.checkpoint import read_config
 from halfbyte.format.shards import hash_file
-from halfbyte.recipe.skeleton import auto_class_of, build_skeleton, model_names
 from halfbyte.records import digest, versions
 from halfbyte.runtime.generate import Chat
 from halfbyte.runtime.linear import reference as layout_reference
 from halfbyte.runtime.linear.module import nf4_linear
-from halfbyte.runtime.linear.tensors import NAMES, StoredWeight, read_stored
 from halfbyte.runtime.linear.weight import Nf4Weight
-from halfbyte.verifier.layout import nf4_names
 
 ROWS = (1, 4, 16, 64)
-PROMPTS = (
-    "Name three primary colors.",
-    "What does a bee do all day? Answer in two sentences.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Why is the sky blue?",
-)
 #: our ways on a GPU, each asked by itself: table of paths, most rows
 GPU_PATHS = {"kernel": ("64:kernel expand", 64), "triton": ("16:triton expand", 16), "expand": ("expand", 64)}
 #: relative error of a product above which a reader is wrong; rounding y to bf16 alone is 1.7e-3
 WRONG = 1e-2
 #: ours over bitsandbytes' root mean square error that is still "not above"
 SLACK = 1.05
-#: units of the last place of bf16 by which the exact model may prefer the other token where greedy texts part
-TIE = 8
+#: ours over bitsandbytes' KLD of whole prompts: a gross fault only. bf16 through 30 layers is one draw of rounding errors a checkpoint, and
+#: bitsandbytes' own two paths on a CPU differ by 0.9 to 1.4 times in error and KLD, either way; a wrong reader is off by orders
+LOOSE = 2.0
 
 
 @dataclass
@@ -77,14 +81,6 @@ class Reader:
 
     name: str
     model: Any
-
-
-@dataclass
-class Checkpoint:
-    """The folder, its quantized weights from the file's bytes, and the module each belongs to."""
-
-    folder: Path
-    stored: dict[str, StoredWeight]
 
 
 def checkpoint_of(options: argparse.Namespace, scratch: Path) -> Path:
@@ -99,58 +95,6 @@ def checkpoint_of(options: argparse.Namespace, scratch: Path) -> Path:
     )  # fmt: skip
     print(f"gptq, block {options.blocksize}, {options.calibration_tokens} tokens: {time.perf_counter() - start:.1f} s")
     return scratch / "nf4"
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Module path -> its six tensors, by our own reader alone."""
-    source = SafetensorsSource(folder)
-    infos = {info.name: info for info in source.tensors}
-    skeleton = build_skeleton({k: v for k, v in read_config(folder).items() if k != "quantization_config"})
-    stored = {}
-    for name, (key, _) in model_names(skeleton, sorted(nf4_names(infos))).items():
-        found = {part: infos[name if part == "weight" else f"{name}.{part}"] for part in NAMES}
-        tensors = {part: source.read(info, 0, info.numel) for part, info in found.items()}
-        stored[(key or name).removesuffix(".weight")] = read_stored(tensors, name)
-    source.close()
-    return Checkpoint(folder, stored)
-
-
-def load_stock(folder: Path, device: str) -> tuple[Any, dict[str, int]]:
-    """As a stranger would, and how many names it missed, did not expect or found in another shape."""
-    import transformers
-
-    auto_class = getattr(transformers, auto_class_of(read_config(folder)))
-    model, told = auto_class.from_pretrained(
-        folder, dtype="auto", device_map={"": device}, local_files_only=True, output_loading_info=True
-    )
-    return model.eval(), {
-        key: len(told.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-
-
-def scales_of(stored: StoredWeight) -> torch.Tensor:
-    return reference.unnest_absmax(Nested(stored.absmax, stored.nested_absmax, stored.offset, stored.nested_quant_map))
-
-
-def expand(stored: StoredWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The reference: plain torch, on the CPU, [rows, columns]."""
-    flat = reference.dequantize_blocks(
-        stored.packed, scales_of(stored), stored.rows * stored.columns, stored.blocksize, dtype
-    )
-    return flat.view(stored.rows, stored.columns)
-
-
-def exact_model(checkpoint: Checkpoint, device: str) -> Any:
-    """The stock class in float32, each quantized linear a plain one with the reference's weights."""
-    model, _ = load_stock(checkpoint.folder, device)
-    for name, stored in checkpoint.stored.items():
-        old = model.get_submodule(name)
-        new = torch.nn.Linear(stored.columns, stored.rows, bias=old.bias is not None, device="meta")
-        new.weight = torch.nn.Parameter(expand(stored, torch.float32).to(device), requires_grad=False)
-        new.bias = old.bias
-        owner, _, child = name.rpartition(".")
-        setattr(model.get_submodule(owner), child, new)
-    return torch.nn.Module.float(model)  # transformers' own refuses: it still believes in 4 bits
 
 
 def by_bitsandbytes(linear: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -203,20 +147,19 @@ def compare_bits(checkpoint: Checkpoint, stock: Any, ours: Any) -> list[dict[str
     return rows
 
 
-def products_of(name: str, stock: Any, ours: Any) -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]]:
+def products_of(name: str, readers: list[Reader]) -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]]:
     """Way -> product, and the most rows of x it is asked for."""
     found: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
-        "bitsandbytes": (stock.get_submodule(name), max(ROWS)),
-        "ours": (ours.get_submodule(name), max(ROWS)),
+        reader.name: (reader.model.get_submodule(name), max(ROWS)) for reader in readers
     }
-    weight = part_of(ours, name)
+    weight = part_of(readers[1].model, name)
     if weight.tiles.is_cuda:
         for path, (table, most) in GPU_PATHS.items():
             found[f"ours, {path}"] = (lambda x, table=table: nf4_linear(x, weight, table), most)
     return found
 
 
-def compare_products(checkpoint: Checkpoint, stock: Any, ours: Any, device: str) -> list[dict[str, Any]]:
+def compare_products(checkpoint: Checkpoint, readers: list[Reader], device: str) -> list[dict[str, Any]]:
     """A row for each weight and number of rows of x: relative error of each way."""
     rows = []
     for number, (name, stored) in enumerate(checkpoint.stored.items()):
@@ -226,7 +169,7 @@ def compare_products(checkpoint: Checkpoint, stock: Any, ours: Any, device: str)
             x = torch.randn(m, stored.columns, generator=maker).to(device, torch.bfloat16)
             truth = x.double() @ exact.T
             row: dict[str, Any] = {"name": name, "rows": m}
-            for who, (multiply, most) in products_of(name, stock, ours).items():
+            for who, (multiply, most) in products_of(name, readers).items():
                 if m <= most:
                     row[who] = float((multiply(x).double() - truth).norm() / truth.norm())
             rows.append(row)
@@ -246,28 +189,33 @@ def in_short(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]
 
 
 def compare_logits(chat: Chat, readers: list[Reader], exact: Any) -> dict[str, dict[str, float]]:
-    """Over all places of all prompts: relative error, mean KLD in nats and share of equal first choices, against the exact model."""
-    sums = {reader.name: {"error": 0.0, "kld": 0.0, "top1": 0} for reader in readers}
+    """Over all places of all prompts: relative error, mean KLD in nats and share of equal first choices, against the exact model;
+    and places where all logits have the bits of ours."""
+    sums = {reader.name: {"error": 0.0, "kld": 0.0, "top1": 0, "as_ours": 0} for reader in readers}
     size, places = 0.0, 0
     for prompt in PROMPTS:
         inputs = chat.inputs(prompt, ())
         truth = exact(**inputs).logits[0].double()
         size, places = size + float(truth.square().sum()), places + len(truth)
-        for reader in readers:
-            found, own = reader.model(**inputs).logits[0].double(), sums[reader.name]
+        logits = {reader.name: reader.model(**inputs).logits[0].double() for reader in readers}
+        for name, found in logits.items():
+            own = sums[name]
             own["error"] += float((found - truth).square().sum())
             logs, target = found.log_softmax(-1), truth.log_softmax(-1)
             own["kld"] += float((target.exp() * (target - logs)).sum())
             own["top1"] += int((found.argmax(-1) == truth.argmax(-1)).sum())
+            own["as_ours"] += int((found == logits["ours"]).all(-1).sum())
     return {
-        name: {"places": places, "relative_error": math.sqrt(own["error"] / size), "kld": own["kld"] / places, "top1": own["top1"] / places}
+        name: {
+            "places": places, "relative_error": math.sqrt(own["error"] / size), "kld": own["kld"] / places, "top1": own["top1"] / places, "as_ours": own["as_ours"],
+        }
         for name, own in sums.items()
     }  # fmt: skip
 
 
 def compare_texts(chat: Chat, readers: list[Reader], exact: Any, count: int) -> list[dict[str, Any]]:
     """A row for each prompt: tokens of both, how many are equal, and at a part the gaps in units of bf16's last place."""
-    stock, ours = readers
+    stock, ours = readers[:2]
     rows = []
     for prompt in PROMPTS:
         inputs = chat.inputs(prompt, ())
@@ -290,15 +238,15 @@ def faults_of(body: dict[str, Any]) -> list[str]:
     for key in (key for key in bits if key.endswith(": different")):
         faults += [f"{key}: {bits[key]} of {bits['weights']} weights"] if bits[key] else []
     for m, ways in body["products"].items():
-        theirs = ways["bitsandbytes"]
+        theirs = ways["stock"]
         for who, found in ways.items():
             if not found["max"] <= WRONG:
                 faults.append(f"{who}, {m} rows: an error of {found['max']}, more than {WRONG}")
             if not found["rms"] <= SLACK * theirs["rms"]:
                 faults.append(f"{who}, {m} rows: {found['rms']} is above bitsandbytes' {theirs['rms']}")
-    stock, ours = (body["logits"][name] for name in ("stock", "ours"))
-    if not ours["relative_error"] <= 1.25 * stock["relative_error"]:
-        faults.append(f"logits: {ours['relative_error']:.3g} is above bitsandbytes' {stock['relative_error']:.3g}")
+    stock, ours = (body["logits"][name]["kld"] for name in ("stock", "ours"))
+    if not ours <= LOOSE * stock:
+        faults.append(f"logits: a KLD of {ours:.3g} is more than {LOOSE} times bitsandbytes' {stock:.3g}")
     for row in body["texts"]:
         if row.get("units_exact", 0.0) > TIE:
             faults.append(f"{row['prompt']!r}: ours left the exact model's choice, {row['units_exact']} units")
@@ -336,8 +284,11 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], dic
     with torch.inference_mode():
         with spent(seconds, "bits"):
             bits = compare_bits(checkpoint, stock, chat.model)
+            stock(**chat.inputs(PROMPTS[0], ()))
+            packed = count_packed(stock, checkpoint.stored)
+            readers += [Reader("plain", load_plain(folder, options.device))] if packed else []
         with spent(seconds, "products"):
-            products = compare_products(checkpoint, stock, chat.model, options.device)
+            products = compare_products(checkpoint, readers, options.device)
         with spent(seconds, "logits"):
             exact = exact_model(checkpoint, options.device)
             logits = compare_logits(chat, readers, exact)
@@ -348,7 +299,7 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], dic
         "weights_digest": digest({file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}),
         "device": torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "loading": loading, "linears": len(checkpoint.stored), "bits": summary_of(bits), "products": in_short(products), "logits": logits, "texts": texts,
-        "bitsandbytes_packed_for_cpu": sum(bool(getattr(stock.get_submodule(name).weight.quant_state, "packing_format_for_cpu", False)) for name in checkpoint.stored),
+        "rewritten_by_bitsandbytes": packed,
         "seconds": seconds, "versions": versions(),
     }  # fmt: skip
     return body | {"faults": faults_of(body)}, {"bits": bits, "products": products}
@@ -373,7 +324,7 @@ def show(body: dict[str, Any]) -> None:
         )
     for name, found in body["logits"].items():
         print(
-            f"\n{name}: logits at {found['places']} places: relative error {found['relative_error']:.3e}, KLD {found['kld']:.3e} nats, same first choice {found['top1']:.1%}",
+            f"\n{name}: logits at {found['places']} places: relative error {found['relative_error']:.3e}, KLD {found['kld']:.3e} nats, same first choice {found['top1']:.1%}, the bits of ours at {found['as_ours']}",
             end="",
         )
     print("\n")
