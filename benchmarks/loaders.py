@@ -12,7 +12,7 @@ CHECKPOINT is one in NF4, or a source, which is quantized first by gptq. For sma
 
 Weights: what bitsandbytes and ours expand, in bf16 and float32, against the reference, bit for bit. Products y = x W^T in bf16 for 1 to
 64 rows: relative error (Frobenius) against float64; ours must not be above bitsandbytes' (by more than `SLACK`, where both do the same sums
-in another order). On a GPU each of our paths is asked by itself, not only the one that is fastest there. Logits of whole prompts: relative
+in another order). On a GPU each of our paths is asked by itself, not only the one that is fastest there; those need only be right (`WRONG`). Logits of whole prompts: relative
 error and KLD against the exact model, for both; these are bounded only loosely (`LOOSE`), see there. Greedy texts of stock and ours: where they part, the exact model is asked which token it prefers.
 
 The catch: bitsandbytes on a CPU with AVX512-BF16 rewrites its weights in the first forward pass and rounds the scales to bf16, for good. So
@@ -242,7 +242,7 @@ def faults_of(body: dict[str, Any]) -> list[str]:
         for who, found in ways.items():
             if not found["max"] <= WRONG:
                 faults.append(f"{who}, {m} rows: an error of {found['max']}, more than {WRONG}")
-            if not found["rms"] <= SLACK * theirs["rms"]:
+            if who == "ours" and not found["rms"] <= SLACK * theirs["rms"]:
                 faults.append(f"{who}, {m} rows: {found['rms']} is above bitsandbytes' {theirs['rms']}")
     stock, ours = (body["logits"][name]["kld"] for name in ("stock", "ours"))
     if not ours <= LOOSE * stock:
