@@ -12,12 +12,13 @@ CHECKPOINT is one in NF4, or a source, which is quantized first by gptq. For sma
 
 Weights: what bitsandbytes and ours expand, in bf16 and float32, against the reference, bit for bit. Products y = x W^T in bf16 for 1 to
 64 rows: relative error (Frobenius) against float64; ours must not be above bitsandbytes' (by more than `SLACK`, where both do the same sums
-in another order). On a GPU each of our paths is asked by itself, not only the one that is fastest there; those need only be right (`WRONG`). Logits of whole prompts: relative
-error and KLD against the exact model, for both; these are bounded only loosely (`LOOSE`), see there. Greedy texts of stock and ours: where they part, the exact model is asked which token it prefers.
+in another order). On a GPU each of our paths is asked by itself, not only the one that is fastest there; those need only be right
+(`WRONG`). Logits of whole prompts: relative error and KLD against the exact model, for all; only a gross fault counts (`LOOSE`). Greedy
+texts of stock and ours: where they part, the exact model is asked which token it prefers.
 
-The catch: bitsandbytes on a CPU with AVX512-BF16 rewrites its weights in the first forward pass and rounds the scales to bf16, for good. So
-weights are compared before, and what it then says of a prompt is that path's, not its CUDA kernel's; its plain path is asked beside it. The last line is one JSON object, `--json-out`
-adds the rows; exit code 1 if anything is out of bounds.
+The catch: bitsandbytes on a CPU with AVX512-BF16 rewrites its weights in the first forward pass and rounds the scales to bf16, for good.
+So weights are compared before, and what it then says of a prompt is that path's, not its CUDA kernel's; its plain path is asked beside it.
+The last line is one JSON object, `--json-out` adds the rows; exit code 1 if anything is out of bounds.
 """
 
 from __future__ import annotations
