@@ -9,6 +9,7 @@ import torch
 
 from halfbyte import codec
 from halfbyte.codec import reference
+from halfbyte.format.nf4_layout import quant_state_json
 from halfbyte.runtime.linear.tensors import StoredWeight
 from halfbyte.runtime.linear.weight import Nf4Weight, weight_from
 
@@ -32,6 +33,20 @@ def draw(rows: int, columns: int, seed: int = 0, blocksize: int = 64, device: st
         "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset,
     }  # fmt: skip
     return StoredWeight(packed, absmax, nested, entries, json.dumps(body).encode(), rows, columns, blocksize, offset)
+
+
+def fitted(rows: int, columns: int, blocksize: int = 64, device: str = "cpu", seed: int = 0) -> StoredWeight:
+    """A weight as `halfbyte quantize --method gptq` leaves it: codes and scales fitted to inputs, about half of the scales negative, the
+    offset 0. Fitted on `device`, whose bytes are its own."""
+    maker = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=maker).to(torch.bfloat16) * columns**-0.5
+    inputs = torch.randn(2 * columns, columns, generator=maker) * (0.2 + torch.rand(columns, generator=maker))
+    hessian = inputs.T @ inputs / len(inputs)
+    nf4 = codec.fit_weight(weight.to(device), codec.Fit(blocksize=blocksize), hessian=hessian.to(device)).nf4
+    scales = nf4.scales
+    state = quant_state_json((rows, columns), blocksize, scales.nested_offset)
+    parts = (nf4.packed, scales.absmax, scales.nested_absmax, scales.nested_quant_map)
+    return StoredWeight(*(part.to(device) for part in parts), state, rows, columns, blocksize, scales.nested_offset)
 
 
 def dense(stored: Sequence[StoredWeight], levels: torch.Tensor | None = None) -> torch.Tensor:
