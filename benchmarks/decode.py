@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,40 +28,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from runtime.stored_weights import draw
+from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-#: what all Gemma 4 have in common
-COMMON: dict[str, Any] = {
-    "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072, "enable_moe_block": False, "pad_token_id": 0,
-    "tie_word_embeddings": True, "attention_bias": False, "vocab_size_per_layer_input": 262144,
-    "rope_parameters": {
-        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
-    },
-}  # fmt: skip
-#: the sizes of the published text models; every sixth layer attends to everything
-SHAPES: dict[str, dict[str, Any]] = {
-    "31b": {
-        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "num_attention_heads": 32, "num_key_value_heads": 16,
-        "num_global_key_value_heads": 4, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
-    },
-    "12b": {
-        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
-    },
-    "e4b": {
-        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "attention_k_eq_v": False, "sliding_window": 512, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18,
-    },
-    "tiny": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 64, "hidden_size_per_layer_input": 0,
-        "head_dim": 32, "global_head_dim": 64, "vocab_size": 2048,
-    },
-}  # fmt: skip
 PROMPT = 16
 #: steps of our loop between two looks of the host
 BLOCK = 8
@@ -116,71 +82,6 @@ class Bench:
             rows * (long - short) / (self.seconds(lambda: run(long)) - self.seconds(lambda: run(short)))
             for _ in range(self.repeats)
         ]
-
-
-def config_of(options: argparse.Namespace) -> Any:
-    """The text config asked for."""
-    from transformers import Gemma4TextConfig
-
-    if options.config:
-        body = json.loads(options.config.read_text(encoding="utf-8"))
-        return Gemma4TextConfig(**body.get("text_config", body))
-    sizes = COMMON | SHAPES["tiny" if options.tiny else options.shape]
-    layers = sizes["num_hidden_layers"]
-    return Gemma4TextConfig(**sizes, layer_types=[SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
-
-
-@contextmanager
-def linears_on_meta() -> Iterator[None]:
-    """nn.Linear without memory, everything else where it belongs."""
-    init = torch.nn.Linear.__init__
-
-    def without_memory(self: Any, i: int, o: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        init(self, i, o, bias, "meta", dtype)
-
-    torch.nn.Linear.__init__ = without_memory  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Linear.__init__ = init  # type: ignore[method-assign]
-
-
-def build(config: Any, device: str) -> Any:
-    """The model on `device`, in bf16, its decoder's linears random NF4 of bitsandbytes; lm_head stays tied to the embedding."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import Gemma4ForCausalLM
-
-    with linears_on_meta(), torch.device(device):
-        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.tie_weights()
-    for number, (name, linear) in enumerate([*model.model.named_modules()]):
-        if not isinstance(linear, torch.nn.Linear):
-            continue
-        new = Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, True, "nf4", device="meta"
-        )
-        tensors = draw(linear.out_features, linear.in_features, number, device=device).to_dict()
-        packed = tensors.pop("weight")
-        new.weight = Params4bit.from_prequantized(packed, tensors, device=device, module=new)
-        new.support_avx512bf16_for_cpu = False  # on a CPU its first call would reorder the bytes for good
-        owner, _, child = name.rpartition(".")
-        setattr(model.model.get_submodule(owner), child, new)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, left
-    model.generation_config.eos_token_id = None  # random weights must not end early
-    return model.eval()
-
-
-def bytes_a_token(model: Any) -> int:
-    """Bytes of weights that a decoding step reads; of tables that are looked up in, nothing."""
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    looked_up -= {id(model.lm_head.weight)}
-    found = sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            found += state.absmax.nbytes + state.state2.absmax.nbytes
-    return found
 
 
 def copy_rate(device: str, gigabytes: float) -> float:
@@ -333,7 +234,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     start = time.perf_counter()
-    model = build(config_of(options), device)
+    model = build(text_config(options.shape, options.tiny, options.config), device)
     built, needed = time.perf_counter() - start, bytes_a_token(model)
     ceiling = rate / needed
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -352,7 +253,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows += [measure(label, bench, batch, ceiling, way) for batch in options.batches]
     installed = ("torch", "transformers", "bitsandbytes", "triton", "cuda-bindings")
     return {
-        "benchmark": "decode", "device": name, "shape": "tiny" if options.tiny else str(options.config or options.shape),
+        "benchmark": "decode", "device": name, "shape": ("tiny " if options.tiny else "") + str(options.config or options.shape),
         "copy_bytes_per_s": rate, "bytes_per_token": needed, "ceiling_tokens_per_s": round(ceiling, 1), "build_s": round(built, 1),
         "replacement": model.halfbyte.to_dict() if options.names else model.halfbyte.summary(),
         "replacing": replacing, "new_tokens": options.new_tokens,
@@ -369,7 +270,7 @@ def _version(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="31b")
+    parser.add_argument("--shape", choices=SHAPES, default="31b")
     parser.add_argument("--config", type=Path, help="config.json of a Gemma 4 instead of --shape")
     parser.add_argument("--tiny", action="store_true", help="a few MB, also on a CPU, under a minute")
     parser.add_argument("--compiled", action="store_true", help="also transformers' compiled generate (minutes)")
