@@ -25,7 +25,7 @@ import torch
 from decode import Bench, copy_rate
 from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
-from halfbyte.runtime.decode.description import Description
+from halfbyte.runtime.decode.description import Description, NotDescribed, describe
 from halfbyte.runtime.decode.kernels import attention
 from halfbyte.runtime.decode.kernels.where import launch_early
 from halfbyte.runtime.decode.loop import Decoder
@@ -151,6 +151,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     attention.CHUNK = options.chunk
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     model = build(text_config(options.shape, options.tiny, options.config), device)
+    try:
+        describe(model)
+    except NotDescribed as error:
+        print(f"not supported: {error.what}")
+        return {"benchmark": "step", "shape": str(options.config or options.shape), "not_supported": error.what}
     weights = bytes_a_token(model)
     bench = Bench(model, device, (1, 2), options.repeats)
     bench.replace(True if device == "cpu" else options.fast)
