@@ -42,7 +42,7 @@ BLOCK = 8
 class Bench:
     """A model and what is asked of it.
 
-    limit_s  seconds that compiling may take
+    limit_s  seconds that a compiled row may take
     notes    what a row says beside its rate; empty again for each row
     """
 
@@ -198,14 +198,14 @@ def by_compiled(bench: Bench, rows: int) -> list[float]:
     with limited(bench.limit_s):
         # the second run records CUDA graphs, the third replays them
         bench.notes["compile_s"] = round(bench.seconds(lambda: [run(4) for _ in range(3)]), 1)
-    bench.notes["graphs"] = counters["stats"]["unique_graphs"]
-    bench.notes["graph_breaks"] = sum(counters["graph_break"].values())
-    if not bench.notes["graphs"]:
-        raise NotMeasured("transformers did not compile")
-    print(
-        f"    compiled in {bench.notes['compile_s']} s: {bench.notes['graphs']} graphs, {bench.notes['graph_breaks']} breaks"
-    )
-    return bench.rates(run, rows)
+        bench.notes["graphs"] = counters["stats"]["unique_graphs"]
+        bench.notes["graph_breaks"] = sum(counters["graph_break"].values())
+        if not bench.notes["graphs"]:
+            raise NotMeasured("transformers did not compile")
+        print(
+            f"    compiled in {bench.notes['compile_s']} s: {bench.notes['graphs']} graphs, {bench.notes['graph_breaks']} breaks"
+        )
+        return bench.rates(run, rows)
 
 
 @contextmanager
@@ -253,7 +253,7 @@ class NotMeasured(Exception):
 def why_not(error: BaseException, bench: Bench) -> str:
     """One line."""
     if isinstance(error, OutOfTime):
-        return f"not compiled after {bench.limit_s:g} s (--limit-s)"
+        return f"not done after {bench.limit_s:g} s (--limit-s)"
     what = (str(error).strip().splitlines() or [""])[0][:200]
     return what if isinstance(error, (NotMeasured, HalfbyteError)) else f"{type(error).__name__}: {what}"
 
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="also transformers' compiled generate (3 to 6 minutes a row)"
     )
-    parser.add_argument("--limit-s", type=float, default=330.0, help="seconds that compiling one row may take")
+    parser.add_argument("--limit-s", type=float, default=330.0, help="seconds that a compiled row may take")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs=2, default=[8, 40], help="short and long generation")

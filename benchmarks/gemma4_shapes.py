@@ -132,7 +132,7 @@ def build(config: Any, device: str) -> Any:
 
 
 def bytes_a_token(model: Any) -> int:
-    """Bytes of weights that a decoding step reads; of tables that are looked up in, nothing."""
+    """Bytes of weights that a decoding step reads; of tables that are looked up in, nothing; of experts, all (too many)."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     looked_up -= {id(model.lm_head.weight)}
     found = sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)

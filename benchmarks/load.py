@@ -17,6 +17,8 @@ read = the time in transformers' from_pretrained, choice = what model.halfbyte s
 
 Peak RSS is the kernel's VmHWM, in which pages of a mapped file count; peak of RssAnon is beside it, sampled every 10 ms: what must really fit. The last
 line is one JSON object.
+
+The catch: on a CPU transformers maps the files and reads nothing until a weight is asked for, so there times are those of making modules.
 """
 
 from __future__ import annotations

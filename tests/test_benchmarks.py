@@ -42,6 +42,24 @@ def test_a_checkpoint_of_random_bytes_is_what_verify_transformers_and_halfbyte_l
     assert found["read_s"] + found["relayout_s"] + found["choice_s"] == pytest.approx(found["seconds"])
 
 
+def test_a_file_is_read_by_pieces_each_once_and_no_buffer_is_used_twice_at_a_time(tmp_path, monkeypatch):
+    import load
+
+    monkeypatch.setattr(load, "CHUNK", 1000)
+    file, found, busy = tmp_path / "shard", bytearray(25_300), [0, 0, 0]
+    file.write_bytes(bytes(range(256)) * 98 + b"x" * 212)
+    buffers = [bytearray(1000) for _ in busy]
+
+    def work(number: int, begin: int, size: int) -> None:
+        busy[number] += 1
+        assert busy[number] == 1
+        found[begin : begin + size] = buffers[number][:size]
+        busy[number] -= 1
+
+    load.read_shard_bytes(file, work, buffers, len(busy))
+    assert found == file.read_bytes()
+
+
 def test_the_whole_31b_would_be_19_gigabytes():
     from nf4_checkpoint import config_of, planned_bytes
 
