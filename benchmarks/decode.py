@@ -1,9 +1,9 @@
 """How many tokens a second does a Gemma 4 in NF4 decode, by stock transformers and by ours, and how many would the memory allow?
 
     python benchmarks/decode.py --shape 31b                      about 3 minutes on an H200 with its build
-    python benchmarks/decode.py --shape 12b --compiled           also transformers' compiled generate: minutes more
+    python benchmarks/decode.py --shape 31b --compiled --only "stock linears, compiled" --batches 1      transformers' compiled generate: 4 to 7 minutes
     python benchmarks/decode.py --config config.json             any Gemma 4 text config (the file's own, or its text_config)
-    python benchmarks/decode.py --tiny                           proves on a CPU that this script runs; its figures mean nothing
+    python benchmarks/decode.py --tiny --shape e4b               proves on a CPU that this script runs; its figures mean nothing
 
 Weights are random, in the shape of the real model: the skeleton is made with its linears on meta, each is then filled with random
 codes and scales in bitsandbytes' own structures, on the device. So every row's bitsandbytes is the released one. First
@@ -18,52 +18,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from runtime.stored_weights import draw
+from halfbyte.errors import HalfbyteError
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-#: what all Gemma 4 have in common
-COMMON: dict[str, Any] = {
-    "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072, "enable_moe_block": False, "pad_token_id": 0,
-    "tie_word_embeddings": True, "attention_bias": False, "vocab_size_per_layer_input": 262144,
-    "rope_parameters": {
-        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
-    },
-}  # fmt: skip
-#: the sizes of the published text models; every sixth layer attends to everything
-SHAPES: dict[str, dict[str, Any]] = {
-    "31b": {
-        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "num_attention_heads": 32, "num_key_value_heads": 16,
-        "num_global_key_value_heads": 4, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
-    },
-    "12b": {
-        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
-    },
-    "e4b": {
-        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "attention_k_eq_v": False, "sliding_window": 512, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18,
-    },
-    "tiny": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 64, "hidden_size_per_layer_input": 0,
-        "head_dim": 32, "global_head_dim": 64, "vocab_size": 2048,
-    },
-}  # fmt: skip
 PROMPT = 16
 #: steps of our loop between two looks of the host
 BLOCK = 8
@@ -71,12 +40,18 @@ BLOCK = 8
 
 @dataclass
 class Bench:
-    """A model and what is asked of it."""
+    """A model and what is asked of it.
+
+    limit_s  seconds that a compiled row may take
+    notes    what a row says beside its rate; empty again for each row
+    """
 
     model: Any
     device: str
     new_tokens: tuple[int, int]
     repeats: int
+    limit_s: float = 330.0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, rows: int) -> torch.Tensor:
         """Random tokens [rows, PROMPT]."""
@@ -116,71 +91,6 @@ class Bench:
             rows * (long - short) / (self.seconds(lambda: run(long)) - self.seconds(lambda: run(short)))
             for _ in range(self.repeats)
         ]
-
-
-def config_of(options: argparse.Namespace) -> Any:
-    """The text config asked for."""
-    from transformers import Gemma4TextConfig
-
-    if options.config:
-        body = json.loads(options.config.read_text(encoding="utf-8"))
-        return Gemma4TextConfig(**body.get("text_config", body))
-    sizes = COMMON | SHAPES["tiny" if options.tiny else options.shape]
-    layers = sizes["num_hidden_layers"]
-    return Gemma4TextConfig(**sizes, layer_types=[SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
-
-
-@contextmanager
-def linears_on_meta() -> Iterator[None]:
-    """nn.Linear without memory, everything else where it belongs."""
-    init = torch.nn.Linear.__init__
-
-    def without_memory(self: Any, i: int, o: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
-        init(self, i, o, bias, "meta", dtype)
-
-    torch.nn.Linear.__init__ = without_memory  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Linear.__init__ = init  # type: ignore[method-assign]
-
-
-def build(config: Any, device: str) -> Any:
-    """The model on `device`, in bf16, its decoder's linears random NF4 of bitsandbytes; lm_head stays tied to the embedding."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import Gemma4ForCausalLM
-
-    with linears_on_meta(), torch.device(device):
-        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.tie_weights()
-    for number, (name, linear) in enumerate([*model.model.named_modules()]):
-        if not isinstance(linear, torch.nn.Linear):
-            continue
-        new = Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, True, "nf4", device="meta"
-        )
-        tensors = draw(linear.out_features, linear.in_features, number, device=device).to_dict()
-        packed = tensors.pop("weight")
-        new.weight = Params4bit.from_prequantized(packed, tensors, device=device, module=new)
-        new.support_avx512bf16_for_cpu = False  # on a CPU its first call would reorder the bytes for good
-        owner, _, child = name.rpartition(".")
-        setattr(model.model.get_submodule(owner), child, new)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, left
-    model.generation_config.eos_token_id = None  # random weights must not end early
-    return model.eval()
-
-
-def bytes_a_token(model: Any) -> int:
-    """Bytes of weights that a decoding step reads; of tables that are looked up in, nothing."""
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    looked_up -= {id(model.lm_head.weight)}
-    found = sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            found += state.absmax.nbytes + state.state2.absmax.nbytes
-    return found
 
 
 def copy_rate(device: str, gigabytes: float) -> float:
@@ -257,6 +167,67 @@ def by_graph(bench: Bench, rows: int) -> list[float]:
     return [rows * (long - short) / bench.seconds(replay) for _ in range(bench.repeats)]
 
 
+def by_compiled(bench: Bench, rows: int) -> list[float]:
+    """transformers' compiled generate: one static cache, so that every run has the shapes that were compiled.
+
+    For a bitsandbytes model that was loaded `generate` does not compile: it asks `model.hf_quantizer.is_compileable`, and that is False
+    (transformers 5.17 and 5.23). A model that was built, not loaded, has no `hf_quantizer`, nobody is asked, and it compiles. That is
+    what this row measures: more than users get who do not set that attribute to None. `generate` falls back to eager steps without
+    a word; so compiled graphs are counted. There are two of the step: sliding layers of the static cache count their tokens in a Python
+    int, which the compiler first takes for a constant.
+    """
+    from torch._dynamo.utils import counters
+    from transformers import StaticCache
+    from transformers.generation import CompileConfig
+
+    model, inputs = bench.model, bench.prompt(rows)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise NotMeasured("hf_quantizer.is_compileable is False: generate would not compile")
+    how = CompileConfig() if bench.device != "cpu" else CompileConfig(backend="eager", mode=None)
+    how._compile_all_devices = True
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + bench.new_tokens[1] + 8)
+
+    def run(count: int) -> None:
+        cache.reset()
+        new = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, compile_config=how, **new)  # fmt: skip
+
+    torch._dynamo.reset()  # graphs of another batch would make this one's sizes dynamic
+    model.__dict__.pop("_compiled_call", None)
+    counters.clear()
+    with limited(bench.limit_s):
+        # the second run records CUDA graphs, the third replays them
+        bench.notes["compile_s"] = round(bench.seconds(lambda: [run(4) for _ in range(3)]), 1)
+        bench.notes["graphs"] = counters["stats"]["unique_graphs"]
+        bench.notes["graph_breaks"] = sum(counters["graph_break"].values())
+        if not bench.notes["graphs"]:
+            raise NotMeasured("transformers did not compile")
+        print(
+            f"    compiled in {bench.notes['compile_s']} s: {bench.notes['graphs']} graphs, {bench.notes['graph_breaks']} breaks"
+        )
+        return bench.rates(run, rows)
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """raises OutOfTime in the midst of the work when it has taken longer."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class OutOfTime(BaseException):
+    """No Exception: the compiler catches those and goes on without."""
+
+
 def by_decode_loop(bench: Bench, rows: int) -> list[float]:
     """The whole step as ours (halfbyte.runtime.decode)."""
     try:
@@ -279,28 +250,34 @@ class NotMeasured(Exception):
     """Why a row has no figure."""
 
 
+def why_not(error: BaseException, bench: Bench) -> str:
+    """One line."""
+    if isinstance(error, OutOfTime):
+        return f"not done after {bench.limit_s:g} s (--limit-s)"
+    what = (str(error).strip().splitlines() or [""])[0][:200]
+    return what if isinstance(error, (NotMeasured, HalfbyteError)) else f"{type(error).__name__}: {what}"
+
+
 def measure(
     name: str, bench: Bench, rows: int, ceiling: float, way: Callable[[Bench, int], list[float]]
 ) -> dict[str, Any]:
     """One row, printed too. A row that fails says so and does not end the run."""
     row: dict[str, Any] = {"row": name, "batch": rows}
+    bench.notes = {}
     if bench.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     try:
         with torch.inference_mode():
             found = way(bench, rows)
-    except Exception as error:  # a row must not end the run
-        why = str(error).strip().splitlines() or [""]
-        row["not_measured"] = (
-            f"{why[0][:200]}" if isinstance(error, NotMeasured) else f"{type(error).__name__}: {why[0][:200]}"
-        )
+    except (Exception, OutOfTime) as error:  # a row must not end the run
+        row |= {"not_measured": why_not(error, bench)} | bench.notes
         print(f"{name:34}{rows:6}  not measured: {row['not_measured']}")
         return row
     middle = statistics.median(found)
     row |= {
         "tokens_per_s": round(middle, 2), "min": round(min(found), 2), "max": round(max(found), 2), "n": len(found),
         "ms_per_step": round(1e3 * rows / middle, 3), "percent_of_ceiling": round(100 * middle / (ceiling * rows), 1),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if bench.device != "cpu" else None,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if bench.device != "cpu" else None, **bench.notes,
     }  # fmt: skip
     memory = "" if row["peak_gpu_bytes"] is None else f"{row['peak_gpu_bytes'] / 2**30:9.2f}"
     span = f"{min(found):.1f}-{max(found):.1f}"
@@ -319,7 +296,7 @@ def rows_of(kind: str, compiled: bool) -> dict[str, Callable[[Bench, int], list[
         f"{kind} linears, step in a graph": by_graph,
     }
     if compiled:
-        found[f"{kind} linears, compiled"] = lambda b, n: by_generate(b, n, **static)
+        found[f"{kind} linears, compiled"] = by_compiled
     if kind == "ours":
         found["ours, decode loop"] = by_decode_loop
     return found
@@ -333,7 +310,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     start = time.perf_counter()
-    model = build(config_of(options), device)
+    model = build(text_config(options.shape, options.tiny, options.config), device)
     built, needed = time.perf_counter() - start, bytes_a_token(model)
     ceiling = rate / needed
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -343,18 +320,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{'':34}{'batch':>6}{'tokens/s':>10}{'min-max':>16}{'ms/step':>10}{'% ceil':>8}{'GiB' if device == 'cuda' else '':>9}"
     )
-    bench = Bench(model, device, tuple(options.new_tokens), options.repeats)
+    bench = Bench(model, device, tuple(options.new_tokens), options.repeats, options.limit_s)
     rows, replacing = [], {}
     for kind in ("stock", "ours"):
-        if kind == "ours":
+        asked = {label: way for label, way in rows_of(kind, options.compiled).items() if options.only in label}
+        if kind == "ours" and asked:
             replacing = bench.replace(True if device == "cpu" else options.fast)
-        for label, way in rows_of(kind, options.compiled).items():
+        for label, way in asked.items():
             rows += [measure(label, bench, batch, ceiling, way) for batch in options.batches]
     installed = ("torch", "transformers", "bitsandbytes", "triton", "cuda-bindings")
     return {
-        "benchmark": "decode", "device": name, "shape": "tiny" if options.tiny else str(options.config or options.shape),
+        "benchmark": "decode", "device": name, "shape": ("tiny " if options.tiny else "") + str(options.config or options.shape),
         "copy_bytes_per_s": rate, "bytes_per_token": needed, "ceiling_tokens_per_s": round(ceiling, 1), "build_s": round(built, 1),
-        "replacement": model.halfbyte.to_dict() if options.names else model.halfbyte.summary(),
+        "replacement": (model.halfbyte.to_dict() if options.names else model.halfbyte.summary()) if replacing else None,
         "replacing": replacing, "new_tokens": options.new_tokens,
         "versions": {n: _version(n) for n in installed}, "rows": rows,
     }  # fmt: skip
@@ -369,10 +347,14 @@ def _version(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="31b")
+    parser.add_argument("--shape", choices=SHAPES, default="31b")
     parser.add_argument("--config", type=Path, help="config.json of a Gemma 4 instead of --shape")
     parser.add_argument("--tiny", action="store_true", help="a few MB, also on a CPU, under a minute")
-    parser.add_argument("--compiled", action="store_true", help="also transformers' compiled generate (minutes)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also transformers' compiled generate (3 to 6 minutes a row)"
+    )
+    parser.add_argument("--limit-s", type=float, default=330.0, help="seconds that a compiled row may take")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs=2, default=[8, 40], help="short and long generation")
     parser.add_argument("--repeats", type=int, default=3)

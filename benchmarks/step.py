@@ -1,7 +1,7 @@
 """What does one step of the decode loop cost, where does it go, and what does a prompt cost?
 
     python benchmarks/step.py --shape 31b              about 3 minutes on an H200 with its build (benchmarks/decode.py)
-    python benchmarks/step.py --tiny                   proves on a CPU that this script runs; its figures mean nothing
+    python benchmarks/step.py --tiny --shape e4b       proves on a CPU that this script runs; its figures mean nothing
 
 A step is timed alone: texts of the given length are set down without their keys (zeros cost what keys cost), the step is recorded, and
 replays are timed; median and range. T is the number of new tokens a row: 1 is plain decoding, 8 verifies 7 drafts. The ceiling of a
@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import SHAPES, Bench, build, bytes_a_token, config_of, copy_rate
+from decode import Bench, copy_rate
+from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
-from halfbyte.runtime.decode.description import Description
+from halfbyte.runtime.decode.description import Description, NotDescribed, describe
 from halfbyte.runtime.decode.kernels import attention
 from halfbyte.runtime.decode.kernels.where import launch_early
 from halfbyte.runtime.decode.loop import Decoder
@@ -149,7 +150,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     launch_early(options.early)
     attention.CHUNK = options.chunk
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
-    model = build(config_of(options), device)
+    model = build(text_config(options.shape, options.tiny, options.config), device)
+    try:
+        describe(model)
+    except NotDescribed as error:
+        print(f"not supported: {error.what}")
+        return {"benchmark": "step", "shape": str(options.config or options.shape), "not_supported": error.what}
     weights = bytes_a_token(model)
     bench = Bench(model, device, (1, 2), options.repeats)
     bench.replace(True if device == "cpu" else options.fast)
@@ -169,14 +175,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = [prompt_row(bench, length) for length in ([40] if options.tiny else PROMPTS)]
     return {
         "benchmark": "step", "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "copy_bytes_per_s": rate,
-        "shape": "tiny" if options.tiny else str(options.config or options.shape), "bytes_per_token": weights, "steps": found,
+        "shape": ("tiny " if options.tiny else "") + str(options.config or options.shape), "bytes_per_token": weights, "steps": found,
         "kernels": {width: rows[:20] for width, rows in kernels.items()}, "prompts": prompts, "early": options.early, "chunk": options.chunk, "torch": torch.__version__,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="31b")
+    parser.add_argument("--shape", choices=SHAPES, default="31b")
     parser.add_argument("--config", type=Path, help="config.json of a Gemma 4 instead of --shape")
     parser.add_argument("--chunk", type=int, default=attention.CHUNK, help="slots of the cache that one program reads")
     parser.add_argument("--tiny", action="store_true", help="a few MB, also on a CPU")
