@@ -64,6 +64,21 @@ def budget_of(options: PlanOptions) -> Budget | None:
     return Budget(options.budget, read_sensitivity(options.sensitivity))
 
 
+def costs_method(spent: Mapping[str, Any]) -> str:
+    """How the weights were made whose costs a plan's `budget` was spent by; of plans from before that was asked, rtn."""
+    return str(spent["sensitivity"].get("weights", {}).get("method", "rtn"))
+
+
+def unlike(spent: Mapping[str, Any] | None, method: str) -> str | None:
+    """A sentence if a budget was spent by the costs of another method than `method`, which will write the weights; else None."""
+    if spent is None or (costs := costs_method(spent)) == method:
+        return None
+    return (
+        f"the budget was spent by costs of {costs}, the weights are written by {method}: the choice is exact for the former "
+        f"(halfbyte sensitivity --method {method} measures the latter)"
+    )
+
+
 def spend(
     budget: Budget, decisions: Sequence[Decision], skeleton: Skeleton, blocksize: int
 ) -> tuple[list[Decision], dict[str, Any]]:
