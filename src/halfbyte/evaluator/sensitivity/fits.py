@@ -19,7 +19,7 @@ Memory: that of `quantize --method`: one layer, one group's Hessian, one weight 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -164,7 +164,7 @@ class Fits:
         return self.folder / f"{digest(name).partition(':')[2][:32]}-{blocksize}.safetensors"
 
 
-def _parts(nf4: NF4Tensor) -> Mapping[str, torch.Tensor]:
+def _parts(nf4: NF4Tensor) -> dict[str, torch.Tensor]:
     import torch
 
     scales = nf4.scales
