@@ -8,6 +8,9 @@
 A budget bounds the bytes of all tensors in the file, kept ones included; a quant_state text is counted at its longest, so the
 file's tensors are never larger. Headers (some hundred KiB) and tokenizer are not counted, as nowhere in a plan.
 
+Costs are of one method's weights (rtn, scale, gptq): a record says of which, a plan carries it on, and `quantize` says so if it writes
+weights by another.
+
 The catch: costs are measured one group at a time and added up. Where errors of groups meet, the whole is not the sum (the
 record holds both for the two uniform checkpoints). And a cost has noise, so the smallest sum may be partly luck. The
 choice is exact for the sum; what the checkpoint loses is for `halfbyte evaluate` to say, on other text. A module that was not
