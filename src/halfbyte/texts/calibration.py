@@ -275,7 +275,7 @@ def _rows(made: Sequence[tuple[list[int], str, Any]], tokenizer: Any) -> Rows:
         raise SourceError(
             "nothing to calibrate on", where="--calibration", todo='a base model needs lines of {"text": ...}'
         )
-    ids, names, inputs = ([one[at] for one in kept] for at in range(3))
+    ids, names, inputs = [k[0] for k in kept], [k[1] for k in kept], [k[2] for k in kept]
     scored = [np.arange(len(row)) < len(row) - 1 for row in ids]
     facts = protocols.tokenizer_facts(tokenizer)
     if all(each is None for each in inputs):

@@ -4,7 +4,7 @@ The text scorer runs the decoder alone. Here the model's own forward runs, tower
 picture enters the residual is written down here (where soft tokens go, which of them see each other, deep features). What
 leaves the decoder behind its final norm is caught by a hook; head and figures are those of the text protocols.
 
-The catch: whole only. Calibration streams rows with pictures (halfbyte.layers.streaming), scoring does not yet: a pack fixes how it was made.
+The catch: whole only. Calibration streams rows with pictures (halfbyte.layers.streaming), scoring does not.
 """
 
 from __future__ import annotations
