@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import halfbyte
-from halfbyte.errors import UsageError
+from halfbyte.errors import PlanError, UsageError
 from halfbyte.images import open_image, picture_hash
+from halfbyte.layers import streaming
 from halfbyte.layers.rows import PictureBatch
 from halfbyte.layers.streaming import StreamedModel
 from halfbyte.layers.weights import PlainWeights, open_weights
@@ -149,3 +150,17 @@ def test_a_checkpoint_calibrated_on_a_picture_is_not_measured_on_it_again(
     with pytest.raises(UsageError, match="calibrated on 1 of the documents to be measured on: seen"):
         halfbyte.evaluate(tiny_gemma4, [str(tmp_path / "nf4")], data=[tmp_path / "asked.jsonl"], out=tmp_path / "out")
     assert np.array(Image.open(tmp_path / "other-name.bmp")).shape == (48, 60, 3)
+
+
+def test_a_model_that_cannot_be_walked_with_pictures_goes_without_ours_and_refuses_yours(
+    weights: PlainWeights, writing: Writing, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def between_layers(*_: Any) -> Any:
+        raise PlanError("does more between its layers", where="Deep", todo="none")
+
+    monkeypatch.setattr(streaming, "record_calls", between_layers)
+    texts = replace(read_calibration("builtin"), documents=(), chats=read_calibration(file).chats, drawn=2)
+    _, facts = calibration_rows(texts, weights, tokens=999, seed=0, writing=writing)
+    assert (facts["pictures"], facts["rows"]) == (0, 1)
+    with pytest.raises(PlanError, match="does more between its layers"):
+        calibration_rows(read_calibration(file), weights, tokens=999, seed=0, writing=writing)

@@ -144,7 +144,9 @@ def calibration_rows(
     tokenizer = protocols.load_tokenizer(weights)
     instruct = protocols.is_instruct(tokenizer)
     shown = (
-        pictures_for(weights, texts.pictures, texts.drawn, seed) if instruct else Pictures(left_out=len(texts.pictures))
+        pictures_for(weights, texts.pictures, texts.drawn, seed, writing)
+        if instruct
+        else Pictures(left_out=len(texts.pictures))
     )
     try:
         return _Drawing(texts, weights, tokenizer, instruct, shown, writing).draw(tokens, seed)

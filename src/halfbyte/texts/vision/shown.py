@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.errors import SourceError, UsageError
+from halfbyte.errors import HalfbyteError
 from halfbyte.images import open_image, picture_hash
 from halfbyte.layers.rows import Batch, PictureBatch, Rows
 from halfbyte.layers.weights import Weights
@@ -89,7 +89,7 @@ class Pictures:
     """
 
     prompts: Sequence[PicturePrompt] = ()
-    lengths: Sequence[int] = ()
+    lengths: list[int] = field(default_factory=list)
     left_out: int = 0
     processor: Any = None
     _drawn: Any = field(default=None, repr=False)
@@ -125,20 +125,18 @@ class Pictures:
             self._drawn.cleanup()
 
 
-def pictures_for(weights: Weights, prompts: Sequence[PicturePrompt], drawn: int, seed: int) -> Pictures:
+def pictures_for(
+    weights: Weights, prompts: Sequence[PicturePrompt], drawn: int, seed: int, writing: Writing
+) -> Pictures:
     """The candidates: `prompts`, and `drawn` pictures of our own, if the model takes pictures. Close it.
 
-    raises  as `load_processor` and `see`, of pictures that somebody gave; without any, a processor that cannot be read means none
+    One candidate is tried out first: a model that adds image features between its layers cannot be walked with pictures, and is
+    better told so now than after answers have been written.
+
+    raises  as `load_processor`, `see` and StreamedModel.enter, of pictures that somebody gave; ours are then left out, with a note
     """
     if not (prompts or drawn) or not sees(weights):
         return Pictures(left_out=len(prompts))
-    try:
-        processor = load_processor(weights)
-    except (UsageError, SourceError) as error:
-        if prompts:
-            raise
-        note(f"no pictures in the calibration: {error}")
-        return Pictures()
     chosen = (
         sorted(random.Random(seed).sample(range(len(prompts)), MOST)) if len(prompts) > MOST else range(len(prompts))
     )
@@ -147,12 +145,38 @@ def pictures_for(weights: Weights, prompts: Sequence[PicturePrompt], drawn: int,
     if folder is not None:
         own = draw_pictures(Path(folder.name), drawn)
         found += [PicturePrompt(path.stem, kind, question, path, None) for kind, question, path in own]
-    lengths = []
-    with track("pictures", len(found), "pictures") as advance:
-        for prompt in found:
-            lengths.append(len(see(processor, prompt).ids))
-            advance(1)
-    return Pictures(found, lengths, len(prompts) - len(chosen), processor, folder)
+    made = Pictures(found, [], len(prompts) - len(chosen), None, folder)
+    try:
+        made.processor = load_processor(weights)
+        _try_out(weights, see(made.processor, found[0]), writing)
+        with track("pictures", len(found), "pictures") as advance:
+            for prompt in found:
+                made.lengths.append(len(see(made.processor, prompt).ids))
+                advance(1)
+    except BaseException as error:
+        made.close()
+        if prompts or not isinstance(error, HalfbyteError):
+            raise
+        note(f"no pictures in the calibration: {error.what}")
+        return Pictures()
+    return made
+
+
+def _try_out(weights: Weights, seen: Seen, writing: Writing) -> None:
+    """Bring one picture to the first layer; raises PlanError, SourceError if that cannot be done."""
+    import numpy as np
+    import torch
+
+    from halfbyte.layers.streaming import StreamedModel, Work
+
+    ids, first = np.array([seen.ids], np.int64), np.array([0])
+    batch = PictureBatch(ids, (first, first), ids[0, 1:2], first, seen.inputs)
+    model = StreamedModel(weights, writing.device, writing.dtype)
+    try:
+        with torch.inference_mode():
+            model.enter([Work(batch, 0, None)])
+    finally:
+        model.close()
 
 
 def _given(tokenizer: Any, one: Seen) -> list[int]:
