@@ -81,12 +81,14 @@ def test_a_model_that_sees_is_shown_built_in_pictures_and_another_is_not(
     weights: PlainWeights, writing: Writing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = replace(read_calibration("builtin"), documents=(), chats=read_calibration("builtin").chats[:2])
-    rows, facts = calibration_rows(replace(texts, drawn=4), weights, tokens=1500, seed=0, writing=writing)
+    rows, facts = calibration_rows(replace(texts, drawn=4), weights, tokens=9999, seed=0, writing=writing)
     assert isinstance(rows, MixedRows)
     assert (facts["pictures"], facts["chats"], facts["text_only"]) == (4, 2, False)
     assert len(facts["hashes"]) >= 6
     kinds = [isinstance(batch, PictureBatch) for batch in rows.batches(8)]
     assert kinds == [False, True, True, True, True]
+    _, less = calibration_rows(replace(texts, drawn=4), weights, tokens=4 * 150, seed=0, writing=writing)
+    assert 0 < less["picture_tokens"] <= 150, "a quarter of the tokens"
     monkeypatch.setattr(shown, "sees", lambda weights: False)
     blind, blind_facts = calibration_rows(texts, weights, tokens=1500, seed=0, writing=writing)
     assert not isinstance(blind, MixedRows)

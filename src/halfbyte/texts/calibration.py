@@ -13,7 +13,7 @@ Which prompts and windows are taken is drawn from the seed, up to a number of to
 A figure measured on calibration text flatters. So every document's hashes are kept in the record, paragraph by paragraph (the same
 article cut elsewhere has other windows, but the same paragraphs), and `halfbyte evaluate` refuses text that it finds among them.
 
-A model that takes pictures is shown some, in the same lottery (halfbyte.texts.vision.shown); to any other model lines with an image are
+A model that takes pictures is shown some (halfbyte.texts.vision.shown): a file's in the same lottery, our own up to a share; to any other model lines with an image are
 left out and counted. A picture is known by the hash of its pixels, for its question ("What is this?") says nothing.
 
 The catch: the source writes answers whole, not layer by layer. Where it does not fit, prompts stand without them, and the record
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from halfbyte.layers.weights import Weights
 
 BUILT_IN = "builtin"
-#: pictures in the built-in set, beside some 230 prompts and passages
-DRAWN = 32
+#: pictures in the built-in set, and how much of the tokens they may take. Fitted to text alone, the demo's model lost more on pictures than
+#: by rounding (docs/method.md), and a lottery by rows gave them 3 %
+DRAWN, PICTURE_SHARE = 64, 0.25
 #: text tokens of a window, and the longest row (prompt and answer are cut there)
 WINDOW, LONGEST = 512, 1024
 #: a line shorter than this says too little to be recognised by ("Contents", "Yes.")
@@ -175,8 +176,7 @@ class _Drawing:
         first, end = len(prompts), len(prompts) + len(windows)
         costs = [self._cost(len(p), chat.response) for p, chat in zip(prompts, asked, strict=True)]
         costs += [len(ids) for _, ids in windows]
-        costs += [self._cost(n, one.answer) for n, one in zip(self.shown.lengths, self.shown.prompts, strict=True)]
-        taken = _draw(costs, tokens, seed)
+        taken = self._take(costs, tokens, seed)
         chats = [asked[at] for at in taken if at < first]
         texts = [windows[at - first] for at in taken if first <= at < end]
         pictures = [at - end for at in taken if at >= end]
@@ -199,6 +199,15 @@ class _Drawing:
             "pictures": len(pictures), "picture_tokens": sum(map(len, seen)), "picture_trace": picture_trace,
             "pictures_left_out": self.shown.left_out, "hashes": sorted(hashes | self.shown.hashes(pictures)),
         }  # fmt: skip
+
+    def _take(self, costs: Sequence[int], tokens: int, seed: int) -> list[int]:
+        """Places of what is drawn; `costs` are of texts. Pictures of a file are in the same lottery, ours have a share of their own."""
+        shown = [self._cost(n, one.answer) for n, one in zip(self.shown.lengths, self.shown.prompts, strict=True)]
+        if not self.texts.drawn:
+            return _draw([*costs, *shown], tokens, seed)
+        first = _draw(shown, int(PICTURE_SHARE * tokens), seed)
+        texts = _draw(costs, tokens - sum(shown[at] for at in first), seed)
+        return [*texts, *(len(costs) + at for at in first)]
 
     def _cost(self, prompt: int, answer: str | None) -> int:
         """Tokens that a row will take at most, roughly where the answer is given."""
