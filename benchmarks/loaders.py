@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from greedy import by_stock, gap_of
+from greedy import gap_of
 from loaded import (
     PROMPTS,
     TIE,
@@ -214,13 +214,22 @@ def compare_logits(chat: Chat, readers: list[Reader], exact: Any) -> dict[str, d
     }  # fmt: skip
 
 
+def greedy_of(reader: Reader, inputs: Any, count: int) -> list[int]:
+    """The model's own greedy tokens, by transformers' `generate`."""
+    with torch.inference_mode():
+        found = reader.model.generate(
+            **inputs, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
+    return [int(token) for token in found[0, inputs["input_ids"].shape[1] :]]
+
+
 def compare_texts(chat: Chat, readers: list[Reader], exact: Any, count: int) -> list[dict[str, Any]]:
     """A row for each prompt: tokens of both, how many are equal, and at a part the gaps in units of bf16's last place."""
     stock, ours = readers[:2]
     rows = []
     for prompt in PROMPTS:
         inputs = chat.inputs(prompt, ())
-        a, b = (by_stock(reader, inputs, count) for reader in (stock, ours))
+        a, b = (greedy_of(reader, inputs, count) for reader in (stock, ours))
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         row: dict[str, Any] = {"prompt": prompt, "stock": len(a), "ours": len(b), "equal_to": same, "equal": a == b}
         if same < min(len(a), len(b)):

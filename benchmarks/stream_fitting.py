@@ -3,7 +3,7 @@
     python benchmarks/stream_fitting.py --device cuda --dtype bfloat16                   2 layers: one sliding, one full; under two minutes
     python benchmarks/stream_fitting.py --layers 2 --tokens 256 --window 128 --hidden 512 two cores, seconds
 
-The walk of `halfbyte quantize --method gptq` (halfbyte.quantizer.layerwise) over random weights in Gemma 4 31B's shapes and random rows. Random inputs
+The walk of `halfbyte quantize --method gptq` (halfbyte.layers.fitting.layerwise) over random weights in Gemma 4 31B's shapes and random rows. Random inputs
 have Hessians that are nearly diagonal: the work is the same, the gain is not, so none is printed. Each linear is fitted and dropped; what
 writing adds is in benchmarks/stream.py. Projected: 50 times the mean sliding layer, 10 times the full one, and what comes before them.
 The last line is one JSON object.
@@ -24,9 +24,9 @@ from stream_scoring import RandomWeights, config_31b, random_rows
 from halfbyte import codec
 from halfbyte.codec.fitting import Fit, Moments, fit_weight
 from halfbyte.device import check_device
+from halfbyte.layers.fitting.layerwise import Inputs, fit_layers
 from halfbyte.layers.streaming import StreamedModel
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
-from halfbyte.quantizer.layerwise import Inputs, fit_layers
 from halfbyte.records import versions
 
 SLIDING, FULL = 50, 10

@@ -15,7 +15,7 @@ from halfbyte.cli.main import app
 from halfbyte.evaluator.harness import HARNESS_OPTIONS, HarnessSettings
 from halfbyte.evaluator.job import EVALUATION_OPTIONS, Settings
 from halfbyte.evaluator.sensitivity import SENSITIVITY_OPTIONS, Probing
-from halfbyte.quantizer.method import METHOD_OPTIONS, Method
+from halfbyte.layers.fitting.method import METHOD_OPTIONS, Method
 from halfbyte.recipe.decisions import PLAN_OPTIONS, PlanOptions
 from halfbyte.runtime.generate import GENERATION_OPTIONS, generation_settings
 from halfbyte.trainer.qat import TRAINING_OPTIONS, Training
@@ -77,7 +77,7 @@ def test_options_of_the_command_are_the_parameters_of_the_function(name: str) ->
         options["fit"] = options["fit"] or ()
         assert {n: options.pop(n) for n in METHOD_OPTIONS} == asdict(Method())
     if name == "sensitivity":
-        options["data"] = options["data"] or ()
+        options |= {n: options[n] or () for n in ("data", "fit")}
         assert {n: options.pop(n) for n in SENSITIVITY_OPTIONS} == asdict(Probing())
     if name in ("plan", "quantize"):
         assert {n: options.pop(n) for n in PLAN_OPTIONS} == asdict(PlanOptions())

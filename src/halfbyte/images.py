@@ -7,6 +7,7 @@ pixel is decoded, and only paths are opened. Whoever sends a folder of questions
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -39,6 +40,12 @@ def open_image(path: str | Path) -> Image:
         raise SourceError(
             f"cannot be decoded as an image ({error})", where=str(path), todo="save it again, or leave it out"
         ) from None
+
+
+def picture_hash(image: Image) -> str:
+    """16 hex digits of size and RGB pixels: the same picture in another file or format without loss has the same."""
+    pixels = image.convert("RGB")
+    return hashlib.sha256(f"{pixels.width}x{pixels.height}:".encode() + pixels.tobytes()).hexdigest()[:16]
 
 
 def check_image(path: Path, where: str) -> None:

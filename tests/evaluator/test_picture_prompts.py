@@ -14,8 +14,8 @@ from PIL import Image
 from halfbyte import images
 from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.material import gather_material
-from halfbyte.evaluator.vision.prompts import read_picture_prompts
 from halfbyte.images import open_image
+from halfbyte.texts.vision.prompts import read_picture_prompts
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from halfbyte.errors import PlanError, SourceError, UsageError
 from halfbyte.evaluator.job.settings import choose_protocols
 from halfbyte.evaluator.scoring.pack import write_pack
 from halfbyte.evaluator.scoring.scorer import keep_reference
-from halfbyte.evaluator.vision import answers as written
-from halfbyte.evaluator.vision import model as seeing
-from halfbyte.evaluator.vision.model import SeeingModel
-from halfbyte.evaluator.vision.prompts import read_picture_prompts
-from halfbyte.evaluator.vision.rows import PictureRows, load_processor, look, picture_rows, sees
 from halfbyte.layers.weights import open_weights
 from halfbyte.texts.protocols import IMAGE
+from halfbyte.texts.vision import answers as written
+from halfbyte.texts.vision import model as seeing
+from halfbyte.texts.vision.model import SeeingModel
+from halfbyte.texts.vision.prompts import read_picture_prompts
+from halfbyte.texts.vision.rows import PictureRows, load_processor, look, picture_rows, sees
 
 END = 106  # <turn|>
 TEXT = "kld[assistant,on-policy]"

@@ -16,8 +16,8 @@ from safetensors import safe_open
 import halfbyte
 from halfbyte.errors import OutputError, UsageError
 from halfbyte.format.headers import read_checkpoint
+from halfbyte.layers.fitting.method import method_of
 from halfbyte.quantizer.fitted import FittedTensors, gain_of
-from halfbyte.quantizer.method import method_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: a text, so that no model has to write answers
@@ -207,7 +207,7 @@ from layers.small_rows import random_rows
 from halfbyte.codec.fitting import Moments
 from halfbyte.layers.streaming import StreamedModel
 from halfbyte.memory import peak_rss_bytes
-from halfbyte.quantizer.layerwise import fit_layers
+from halfbyte.layers.fitting.layerwise import fit_layers
 class Store:
     def __init__(self, weights): self.weights = weights
     def is_done(self, name): return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from halfbyte.errors import SourceError
 from halfbyte.layers.weights import open_weights
@@ -84,8 +85,9 @@ def test_a_document_is_recognised_by_its_paragraphs_in_any_spacing_and_case() ->
     assert not asked("What is it?") & asked("What is this?")
 
 
-def test_lines_of_all_kinds_are_read_and_pictures_counted(tmp_path: Path) -> None:
+def test_lines_of_all_kinds_are_read(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     lines = [
         {"prompt": "One?"}, {"prompt": "Two?", "response": "Two."}, {"text": "A text.", "id": "t"},
         {"messages": [{"role": "user", "content": "Three?"}]}, {"prompt": "What is it?", "image": "a.png"},
@@ -94,7 +96,7 @@ def test_lines_of_all_kinds_are_read_and_pictures_counted(tmp_path: Path) -> Non
     found = read_calibration(path)
     assert [chat.response for chat in found.chats] == [None, "Two.", None]
     assert [(d.name, d.text) for d in found.documents] == [("t", "A text.")]
-    assert (found.name, found.pictures) == ("own.jsonl", 1)
+    assert (found.name, [one.prompt for one in found.pictures], found.drawn) == ("own.jsonl", ["What is it?"], 0)
     path.write_text('{"prompt": "One?"}\n{"question": 1}\n')
     with pytest.raises(SourceError, match="neither a prompt nor messages") as refused:
         read_calibration(path)
@@ -107,7 +109,7 @@ def test_instruct_rows_hold_prompt_and_the_sources_own_answer(
     tiny_gemma4: Path, writing: Writing, one_thread: None
 ) -> None:
     weights = open_weights(tiny_gemma4)
-    texts = read_calibration("builtin")
+    texts = replace(read_calibration("builtin"), drawn=0)
     rows, facts = calibration_rows(texts, weights, tokens=600, seed=0, writing=writing)
     again, _ = calibration_rows(texts, weights, tokens=600, seed=0, writing=writing)
     tokenizer = protocols.load_tokenizer(weights)
@@ -145,7 +147,7 @@ def test_a_source_that_does_not_fit_writes_no_answers_and_the_record_says_so(
     monkeypatch.setattr(streaming, "must_stream", lambda *place: True)
     monkeypatch.setattr(calibration, "write_answers", None)
     _, facts = calibration_rows(
-        read_calibration("builtin"), open_weights(tiny_gemma4), tokens=200, seed=0, writing=writing
+        replace(read_calibration("builtin"), drawn=0), open_weights(tiny_gemma4), tokens=200, seed=0, writing=writing
     )
     assert facts["answers"] == "left out, the source does not fit"
 

@@ -63,6 +63,6 @@ def _data(method: Mapping[str, Any]) -> str:
 
 
 def _amount(calibration: Mapping[str, Any]) -> str:
-    return (
-        f"{calibration['tokens']:,} tokens in {calibration['rows']:,} rows, text only, answers {calibration['answers']}"
-    )
+    pictures = calibration.get("pictures", 0)
+    kind = f"{pictures:,} of them with a picture" if pictures else "text only"
+    return f"{calibration['tokens']:,} tokens in {calibration['rows']:,} rows, {kind}, answers {calibration['answers']}"

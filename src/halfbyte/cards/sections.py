@@ -131,6 +131,7 @@ def budget(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "n": count(measured["n"]),
         "documents": count(measured["documents"]),
         "protocol": code(measured["protocol"]),
+        "weights": code(str((measured.get("weights") or {}).get("method", "rtn"))),
         "data": joined([joined([code(each["name"]), each["sha256"][:12]], " sha256 ") for each in measured["data"]]),
         "digest": code(measured["digest"]),
     }

@@ -29,6 +29,14 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer that the source writes.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16: faster, with noise above small costs.")] = "float32",
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    method: Annotated[str, typer.Option(help="Measure weights as this method writes them: rtn, scale or gptq; name the one that quantize gets.")] = "rtn",
+    calibration: Annotated[
+        str | None, typer.Option(help="Of the method: builtin, or a file of chats or texts, none of --data; gptq needs one: builtin.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="At most so many tokens of it.")] = 65_536,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer that the source writes to a prompt of it (quantize: --max-new-tokens).")] = 256,
+    fit: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of a fit, as for quantize; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Which calibration texts are drawn.")] = 0,
     json: JSON_OPTION = False,
 ) -> None:  # fmt: skip
     """Measure what each module costs in NF4, for --budget: one group at a time, a layer of weights in memory."""
@@ -37,7 +45,8 @@ def command(
     with listen():
         record = sensitivity(
             source, out, data=data or (), preset=preset, device=device, protocol=protocol, limit=limit, window=window,
-            windows=windows, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch,
+            windows=windows, max_new_tokens=max_new_tokens, dtype=dtype, batch=batch, method=method, calibration=calibration,
+            calibration_tokens=calibration_tokens, answer_tokens=answer_tokens, fit=fit or (), seed=seed,
         )  # fmt: skip
     if json:
         print_json(record)
@@ -55,7 +64,7 @@ def command(
 def _lines(record: dict[str, Any]) -> list[str]:
     rows, groups = record["rows"], record["groups"]
     lines = [
-        f"{len(groups)} groups, {rows['n']:,} tokens of {rows['documents']} documents, {rows['protocol']}, "
+        f"{len(groups)} groups by {record['weights']['method']}, {rows['n']:,} tokens of {rows['documents']} documents, {rows['protocol']}, "
         f"{record['run']['seconds']:.0f} s on {record['run']['device_name']}"
     ]
     for choice, joint in record["joint"].items():

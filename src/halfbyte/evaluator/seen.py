@@ -1,7 +1,7 @@
 """Text that a candidate was calibrated on says nothing about it: it is refused before anything is scored.
 
 A checkpoint of `halfbyte quantize --method scale|gptq --calibration ...` keeps the hashes of what it was fitted to, paragraph by
-paragraph (halfbyte.texts.calibration). They are compared with the chats, texts and task items that are to be measured on.
+paragraph (halfbyte.texts.calibration). They are compared with the chats, texts, pictures and task items that are to be measured on (pictures by their pixels).
 
 The catch: only exact text is found, up to case and spaces; a translation or a paraphrase is not. A checkpoint made elsewhere says
 nothing of its calibration, and rows of a reference pack are known by their prompts alone.
@@ -18,6 +18,7 @@ from halfbyte.evaluator.job.material import Material
 from halfbyte.evaluator.job.writing import own_checkpoint
 from halfbyte.evaluator.packed import PackedReference
 from halfbyte.evaluator.tasks.task import Item, Task
+from halfbyte.images import open_image, picture_hash
 from halfbyte.records import read_record
 from halfbyte.texts.calibration import chat_hashes, prompt_hashes, shared_documents, text_hashes
 
@@ -67,11 +68,16 @@ def _measured(base: Base, material: Material, tasks: Sequence[Task]) -> Iterator
     else:
         yield from ((chat.name, chat_hashes(chat)) for chat in material.chats)
         yield from ((document.name, text_hashes(document.text)) for document in material.documents)
+        yield from ((one.name, {picture_hash(open_image(one.image))}) for one in material.pictures)
     yield from ((f"{task.name} {item.id}", _shown(task, item)) for task in tasks for item in task.items)
 
 
 def _shown(task: Task, item: Item) -> set[str]:
-    """An item's hashes; where text is laid before the model, of the whole of it, and of what it was cut from."""
-    if not task.forced:
-        return prompt_hashes(item.prompt)
-    return text_hashes(item.prompt + item.key) | (text_hashes(item.source) if item.source else set())
+    """An item's hashes.
+
+    Where text is laid before the model, of the whole of it, and of what it was cut from. Of a question about a picture the picture:
+    "What is this?" may be asked of any.
+    """
+    if task.forced:
+        return text_hashes(item.prompt + item.key) | (text_hashes(item.source) if item.source else set())
+    return prompt_hashes(item.prompt) if item.image is None else {picture_hash(open_image(item.image))}

@@ -11,12 +11,13 @@ fails the test and cannot be streamed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError
+from halfbyte.layers.rows import PictureBatch
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,12 @@ def final_norm(decoder: Any) -> Any:
     raise PlanError("its final norm is not found", where=type(decoder).__name__, todo="score it whole")
 
 
-def record_calls(decoder: Any, layers: Sequence[Any], ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+def record_calls(
+    decoder: Any, layers: Sequence[Any], ids: torch.Tensor, run: Callable[[], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, list[Call]]:
     """The residual [rows, length, hidden] that enters the first layer for `ids`, and each layer's call.
 
+    run     what is run instead of the decoder on `ids` (with pictures: the whole model); returns the final norm's output
     raises PlanError if the model does more between its layers than hand the residual on
     """
     import torch
@@ -64,10 +68,39 @@ def record_calls(decoder: Any, layers: Sequence[Any], ids: torch.Tensor) -> tupl
 
     norm = final_norm(decoder)
     with passing_through([*layers, norm], note):
-        left = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        left = decoder(input_ids=ids, use_cache=False).last_hidden_state if run is None else run()
     if len(calls) != len(layers) + 1 or not torch.equal(left, entered[0]):
         raise _cannot_stream(decoder)
     return entered[0], calls[:-1]
+
+
+def run_base(model: Any, batch: PictureBatch, device: str) -> torch.Tensor:
+    """The final norm's output [1, length, hidden] for a row with a picture, by the model's own forward, towers and all.
+
+    raises PlanError if the model runs its decoder other than once
+    """
+    import torch
+
+    caught: list[Any] = []
+    hook = model.get_decoder().register_forward_hook(lambda module, args, output: caught.append(output))
+    try:
+        ids = torch.from_numpy(batch.tokens).to(device)
+        model.base_model(input_ids=ids, use_cache=False, **as_arguments(model, batch.inputs, device))
+    finally:
+        hook.remove()
+    if len(caught) != 1:
+        raise PlanError("runs its decoder other than once", where=type(model).__name__, todo="report it")
+    found: torch.Tensor = caught[0].last_hidden_state
+    return found
+
+
+def as_arguments(model: Any, inputs: Mapping[str, Any], device: str) -> dict[str, torch.Tensor]:
+    """Arrays as tensors on the device, floats in the compute dtype."""
+    import torch
+
+    dtype = model.get_decoder().get_input_embeddings().weight.dtype
+    found = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in found.items()}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,13 @@ class Batch:
     scored: tuple[np.ndarray, np.ndarray]
     labels: np.ndarray
     rows: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBatch(Batch):
+    """One row, and what the model is given beside its token ids (name -> array, first axis of length 1 or patches)."""
+
+    inputs: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)

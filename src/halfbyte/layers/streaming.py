@@ -11,6 +11,9 @@ before the next one's are read. Same kernels, same shapes, another order: the hi
 Nothing of an architecture is written down here. The two rope tables and two masks of Gemma, the per-layer inputs of E2B and
 E4B, and the dictionary through which their layers share keys and values all come out of step 2, batch by batch.
 
+A row with a picture goes the same way: in step 2 the whole model runs, its towers read for that step alone, and the residual that enters
+layer 0 holds the picture's soft tokens.
+
 Memory: one layer in the compute dtype, one tensor of it as stored, the residual of all rows, what one batch's attention and
 MLP need, and behind the layers the head. It does not grow with the number of layers. The residual stays on a GPU if it
 is a small part of what is free there, else in the CPU's memory.
@@ -37,8 +40,8 @@ from halfbyte.layers.model import (
     take_scored,
 )
 from halfbyte.layers.places import Places
-from halfbyte.layers.recording import Call, final_norm, passing_through, record_calls
-from halfbyte.layers.rows import Batch
+from halfbyte.layers.recording import Call, final_norm, passing_through, record_calls, run_base
+from halfbyte.layers.rows import Batch, PictureBatch
 from halfbyte.layers.tap import Tap
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
@@ -92,6 +95,7 @@ class StreamedModel:
     def __init__(self, weights: Weights, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa") -> None:
         self.device, self.label = device, weights.label
         skeleton = build_skeleton(weights.config)
+        self._weights, self._skeleton = weights, skeleton
         self.model = build_module(skeleton, dtype, attention)
         self.places = Places(weights, skeleton, self.model)
         move_buffers(self.model, device)
@@ -165,18 +169,40 @@ class StreamedModel:
 
         Call it, `run_layer` and `step` under `torch.inference_mode`; raises as the class does
         """
-        import torch
-
         home = self._home(work)
-        with self.embeddings.gathered([item.batch for item in work], self.device):
+        pictures = any(isinstance(item.batch, PictureBatch) for item in work)
+        with self._towers(wanted=pictures), self.embeddings.gathered([item.batch for item in work], self.device):
             if check_head:
                 self._check_head(work[0].batch)
             for item in work:
-                ids = torch.from_numpy(item.batch.tokens).to(self.device)
-                states, calls = record_calls(self.decoder, self.layers, ids)
+                states, calls = self._record(item.batch)
                 sent: dict[int, torch.Tensor] = {}  # lives as long as `calls`: ids stay true
                 item.states, item.calls = states.to(home), [call.to(home, sent) for call in calls]
                 self._tell(item, 0, states)
+
+    def _record(self, batch: Batch) -> tuple[torch.Tensor, list[Call]]:
+        import torch
+
+        ids = torch.from_numpy(batch.tokens).to(self.device)
+        if not isinstance(batch, PictureBatch):
+            return record_calls(self.decoder, self.layers, ids)
+        return record_calls(self.decoder, self.layers, ids, lambda: run_base(self.model, batch, self.device))
+
+    @contextmanager
+    def _towers(self, *, wanted: bool) -> Iterator[None]:
+        """What turns pictures into embeddings (towers, projectors) has its weights, inside; empty again after."""
+        if not wanted:
+            yield
+            return
+        places = Places(self._weights, self._skeleton, self.model, towers=True)
+        keys = [key for key in places.keys if key not in set(self.places.keys)]
+        self.model.load_state_dict({key: places.load(key, self.device) for key in keys}, strict=False, assign=True)
+        self.model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            kinds = self.model.state_dict()
+            self.model.load_state_dict({key: kinds[key].to("meta") for key in keys}, strict=False, assign=True)
 
     def _finish(self, item: Work) -> torch.Tensor:
         states = final_norm(self.decoder)(item.states.to(self.device))
@@ -244,7 +270,10 @@ class StreamedModel:
         few = self._make_head(lambda key: self.places.load_rows(key, 0, _CHECKED_ENTRIES).to(self.device))
         layer = self.model.get_output_embeddings()
         empty, dtype = (layer.weight, layer.bias), layer.weight.dtype
-        ids = torch.from_numpy(batch.tokens[:1, :_CHECKED_TOKENS]).to(self.device)
+        few_tokens = (
+            1 if isinstance(batch, PictureBatch) else _CHECKED_TOKENS
+        )  # soft tokens mean nothing without their picture
+        ids = torch.from_numpy(batch.tokens[:1, :few_tokens]).to(self.device)
         try:
             layer.weight = nn.Parameter(few.weight.to(dtype), requires_grad=False)
             if few.bias is not None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from halfbyte.codec import NF4Tensor
     from halfbyte.codec.fitting import Fit
-    from halfbyte.quantizer.layerwise import Inputs
+    from halfbyte.layers.fitting.layerwise import Inputs
 
 
 #: rows of a weight in hand at a time where errors are measured

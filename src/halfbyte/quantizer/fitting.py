@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import OutputError
 from halfbyte.format.tensors import Source
+from halfbyte.layers.fitting.method import Method
 from halfbyte.progress import note, track
 from halfbyte.quantizer.fitted import FittedTensors, Place, gain_of
 from halfbyte.quantizer.journal import Journal
-from halfbyte.quantizer.method import Method
 from halfbyte.recipe.decisions import Plan
 from halfbyte.records import versions
 
@@ -76,8 +76,8 @@ class Fitting:
 
     def _walk_over(self, weights: PlainWeights, store: FittedTensors, journal: Journal) -> None:
         from halfbyte.codec.fitting import Moments
+        from halfbyte.layers.fitting.layerwise import fit_layers
         from halfbyte.layers.streaming import StreamedModel
-        from halfbyte.quantizer.layerwise import fit_layers
         from halfbyte.texts.calibration import Writing, calibration_rows
 
         method, dtype = self.method, self.method.compute_dtype(self.device)

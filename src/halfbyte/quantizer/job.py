@@ -27,14 +27,15 @@ from halfbyte.format.checkpoint import open_source
 from halfbyte.format.nf4_layout import component_sizes
 from halfbyte.format.shards import Shard, ShardFile, hash_file, outputs_of, parse_size, plan_shards
 from halfbyte.format.tensors import Source, TensorInfo
+from halfbyte.layers.fitting.method import method_of
 from halfbyte.memory import peak_gpu_bytes, peak_rss_bytes
 from halfbyte.progress import note, track
 from halfbyte.quantizer import carry, target
 from halfbyte.quantizer.fitted import Place
 from halfbyte.quantizer.fitting import Fitting
 from halfbyte.quantizer.journal import Journal
-from halfbyte.quantizer.method import method_of
 from halfbyte.quantizer.tensor_work import Stopped, TensorWork
+from halfbyte.recipe.budget.spending import costs_method, unlike
 from halfbyte.recipe.decisions import PLAN_OPTIONS, Decision, Plan, plan_options
 from halfbyte.recipe.probe import QUICK_SAMPLE, QUICK_TENSORS, probe
 from halfbyte.records import digest, write_record
@@ -75,6 +76,8 @@ def quantize(
     try:
         target.check_place(opened, out)
         plan = plan_of(opened, allow_disagreement=allow_disagreement, **vars(decided))
+        if (apart := unlike(plan.budget, method.method)) is not None:
+            note(apart)
         fitting = Fitting(method, texts, device) if method.method != "rtn" else None
         return Job(opened, out, plan, limit, device, fitting).run(overwrite=overwrite)
     finally:
@@ -225,6 +228,7 @@ class Job:
                 "blocksize": self.plan.blocksize,
                 "blocksizes": self.plan.blocksizes,
                 "budget": (self.plan.budget or {}).get("asked"),
+                "budget_costs": costs_method(self.plan.budget) if self.plan.budget else None,
             },
             "source": {
                 "label": self.source.label,

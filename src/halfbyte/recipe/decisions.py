@@ -19,6 +19,8 @@ Action = Literal["nf4", "keep"]
 BUDGET = "budget "
 #: blocks of 32 on CPU and CUDA: earlier releases refuse them
 BITSANDBYTES_FOR_32 = "0.49.2"
+#: how codes and scales are chosen (halfbyte.layers.fitting.method)
+METHODS = ("rtn", "scale", "gptq")
 #: where a tensor lives; the order is the order of every table
 AREAS = ("decoder", "vision", "audio", "projector", "embeddings", "head", "other")
 

@@ -1,7 +1,7 @@
 """Calibration: the texts whose activations say which weights matter, as rows of tokens in the model's own frame.
 
-    builtin      prompts and passages that come with the package (built_in/SOURCES.md: whose, under which licence)
-    FILE.jsonl   a line is {"prompt"[, "response"]}, {"messages"} or {"text"}
+    builtin      prompts and passages that come with the package (built_in/SOURCES.md: whose, under which licence), and drawn pictures
+    FILE.jsonl   a line is {"prompt"[, "response"]}, {"messages"}, {"text"} or {"prompt", "image"[, "answer"]}
     other FILE   a text, WikiText's raw form article by article
 
 A model is calibrated on what it will see. With a chat template: prompts in the turn frame, each with its answer; an answer
@@ -13,8 +13,11 @@ Which prompts and windows are taken is drawn from the seed, up to a number of to
 A figure measured on calibration text flatters. So every document's hashes are kept in the record, paragraph by paragraph (the same
 article cut elsewhere has other windows, but the same paragraphs), and `halfbyte evaluate` refuses text that it finds among them.
 
+A model that takes pictures is shown some (halfbyte.texts.vision.shown): a file's in the same lottery, our own up to a share; to any other model lines with an image are
+left out and counted. A picture is known by the hash of its pixels, for its question ("What is this?") says nothing.
+
 The catch: the source writes answers whole, not layer by layer. Where it does not fit, prompts stand without them, and the record
-says so. Pictures are not shown: lines with an image are left out and counted.
+says so.
 """
 
 from __future__ import annotations
@@ -34,11 +37,16 @@ from halfbyte.layers.rows import Rows
 from halfbyte.texts import protocols
 from halfbyte.texts.reading import Chat, Document, read_chat, read_documents, shows_picture
 from halfbyte.texts.traces import write_answers
+from halfbyte.texts.vision.prompts import PicturePrompt, read_picture_prompts
+from halfbyte.texts.vision.shown import MixedRows, Pictures, pictures_for
 
 if TYPE_CHECKING:
     from halfbyte.layers.weights import Weights
 
 BUILT_IN = "builtin"
+#: pictures in the built-in set, and how much of the tokens they may take. Fitted to text alone, the demo's model lost more on pictures than
+#: by rounding (docs/method.md), and a lottery by rows gave them 3 %
+DRAWN, PICTURE_SHARE = 64, 0.25
 #: text tokens of a window, and the longest row (prompt and answer are cut there)
 WINDOW, LONGEST = 512, 1024
 #: a line shorter than this says too little to be recognised by ("Contents", "Yes.")
@@ -52,14 +60,16 @@ class Calibration:
 
     name      `builtin`, or the file's name
     sha256    of the file
-    pictures  lines left out because they show one
+    pictures  questions about images
+    drawn     pictures of our own to show beside them
     """
 
     name: str
     sha256: str
     chats: Sequence[Chat]
     documents: Sequence[Document]
-    pictures: int = 0
+    pictures: Sequence[PicturePrompt] = ()
+    drawn: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,24 +97,22 @@ def read_calibration(data: str | Path) -> Calibration:
 def _read_lines(path: Path, name: str) -> Calibration:
     chats: list[Chat] = []
     documents: list[Document] = []
-    pictures = 0
     sha256 = _hash(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise SourceError(f"cannot be read as UTF-8 ({error})", where=str(path), todo="name a text file") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.strip() or shows_picture(line):
             continue
-        if shows_picture(line):
-            pictures += 1
-        elif (document := _document(line, number)) is not None:
+        if (document := _document(line, number)) is not None:
             documents.append(document)
         else:
             chats.append(read_chat(line, f"{path}, line {number}", str(number)))
-    if not chats and not documents:
+    pictures = read_picture_prompts(path)
+    if not chats and not documents and not pictures:
         raise SourceError("no text in it", where=str(path), todo='give lines of {"prompt": ...} or {"text": ...}')
-    return Calibration(name, sha256, chats, documents, pictures)
+    return Calibration(name, sha256, chats, documents, pictures, DRAWN if name == BUILT_IN else 0)
 
 
 def _document(line: str, number: int) -> Document | None:
@@ -134,36 +142,76 @@ def calibration_rows(
     returns  rows whose positions all count but the last of each; {"name", "sha256", "rows", "tokens", "documents", "hashes", ...}
     raises   SourceError if nothing is left (a base model and prompts alone)
     """
-    from halfbyte.layers.streaming import must_stream
-
     tokenizer = protocols.load_tokenizer(weights)
     instruct = protocols.is_instruct(tokenizer)
-    windows = _windows(texts, tokenizer, instruct)
-    prompts = [protocols.prompt_ids(tokenizer, chat.messages) for chat in texts.chats] if instruct else []
-    writes = any(chat.response is None for chat in texts.chats) and instruct
-    fits = not writes or not must_stream(weights, writing.device, writing.dtype)
-    costs = [
-        len(prompt) + (writing.max_new_tokens if chat.response is None else len(chat.response) // 3)
-        for prompt, chat in zip(prompts, texts.chats, strict=False)
-    ] + [len(ids) for _, ids in windows]
-    taken = _draw(costs, tokens, seed)
-    chosen = [at for at in taken if at < len(prompts)]
-    chats = [texts.chats[at] for at in chosen]
-    answers, trace = _answers(tokenizer, chats, weights, writing, fits=fits)
-    rows = {at: [*prompts[at], *answer] for at, answer in zip(chosen, answers, strict=True)}
-    names = {at: texts.chats[at].name for at in chosen}
-    for at in (at for at in taken if at >= len(prompts)):
-        document, rows[at] = windows[at - len(prompts)]
-        names[at] = document.name
-    made = _rows([rows[at] for at in taken], [names[at] for at in taken], tokenizer)
-    used = {id(windows[at - len(prompts)][0]): windows[at - len(prompts)][0] for at in taken if at >= len(prompts)}
-    facts = {
-        "name": texts.name, "sha256": texts.sha256, "rows": len(made.tokens), "tokens": sum(map(len, made.tokens)),
-        "rows_digest": made.digest, "chats": len(chats), "texts": len(used), "instruct": instruct, "seed": seed,
-        "answers": _whose(chats, fits=fits), "trace": trace, "text_only": True, "pictures_left_out": texts.pictures,
-        "hashes": sorted({h for chat in chats for h in chat_hashes(chat)} | {h for d in used.values() for h in text_hashes(d.text)}),
-    }  # fmt: skip
-    return made, facts
+    shown = (
+        pictures_for(weights, texts.pictures, texts.drawn, seed, writing)
+        if instruct
+        else Pictures(left_out=len(texts.pictures))
+    )
+    try:
+        return _Drawing(texts, weights, tokenizer, instruct, shown, writing).draw(tokens, seed)
+    finally:
+        shown.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawing:
+    """What a calibration is to one model: chats, windows of texts and pictures, in this order, to draw from."""
+
+    texts: Calibration
+    weights: Weights
+    tokenizer: Any
+    instruct: bool
+    shown: Pictures
+    writing: Writing
+
+    def draw(self, tokens: int, seed: int) -> tuple[Rows, dict[str, Any]]:
+        """See `calibration_rows`."""
+        from halfbyte.layers.streaming import must_stream
+
+        windows = _windows(self.texts, self.tokenizer, self.instruct)
+        asked = self.texts.chats if self.instruct else ()
+        prompts = [protocols.prompt_ids(self.tokenizer, chat.messages) for chat in asked]
+        first, end = len(prompts), len(prompts) + len(windows)
+        costs = [self._cost(len(p), chat.response) for p, chat in zip(prompts, asked, strict=True)]
+        costs += [len(ids) for _, ids in windows]
+        taken = self._take(costs, tokens, seed)
+        chats = [asked[at] for at in taken if at < first]
+        texts = [windows[at - first] for at in taken if first <= at < end]
+        pictures = [at - end for at in taken if at >= end]
+        given = [chat.response for chat in chats] + [self.shown.prompts[at].answer for at in pictures]
+        fits = None not in given or not must_stream(self.weights, self.writing.device, self.writing.dtype)
+        answers, trace = _answers(self.tokenizer, chats, self.weights, self.writing, fits=fits)
+        rows = [[*prompts[at], *answer] for at, answer in zip((at for at in taken if at < first), answers, strict=True)]
+        rows += [ids for _, ids in texts]
+        names = [chat.name for chat in chats] + [document.name for document, _ in texts]
+        plain = [(row[:LONGEST], name, None) for row, name in zip(rows, names, strict=True)]
+        seen, inputs, picture_trace = self.shown.rows(pictures, self.weights, self.writing, fits=fits)
+        names = [self.shown.prompts[at].name for at in pictures]
+        made = _rows([*plain, *zip(seen, names, inputs, strict=True)], self.tokenizer)
+        documents = {id(document): document for document, _ in texts}.values()
+        hashes = {h for chat in chats for h in chat_hashes(chat)} | {h for d in documents for h in text_hashes(d.text)}
+        return made, {
+            "name": self.texts.name, "sha256": self.texts.sha256, "rows": len(made.tokens), "tokens": sum(map(len, made.tokens)),
+            "rows_digest": made.digest, "chats": len(chats), "texts": len(documents), "instruct": self.instruct, "seed": seed,
+            "answers": _whose(given, fits=fits), "trace": trace, "text_only": not pictures,
+            "pictures": len(pictures), "picture_tokens": sum(map(len, seen)), "picture_trace": picture_trace,
+            "pictures_left_out": self.shown.left_out, "hashes": sorted(hashes | self.shown.hashes(pictures)),
+        }  # fmt: skip
+
+    def _take(self, costs: Sequence[int], tokens: int, seed: int) -> list[int]:
+        """Places of what is drawn; `costs` are of texts. Pictures of a file are in the same lottery, ours have a share of their own."""
+        shown = [self._cost(n, one.answer) for n, one in zip(self.shown.lengths, self.shown.prompts, strict=True)]
+        if not self.texts.drawn:
+            return _draw([*costs, *shown], tokens, seed)
+        first = _draw(shown, int(PICTURE_SHARE * tokens), seed)
+        texts = _draw(costs, tokens - sum(shown[at] for at in first), seed)
+        return [*texts, *(len(costs) + at for at in first)]
+
+    def _cost(self, prompt: int, answer: str | None) -> int:
+        """Tokens that a row will take at most, roughly where the answer is given."""
+        return prompt + (self.writing.max_new_tokens if answer is None else len(answer) // 3)
 
 
 def _windows(texts: Calibration, tokenizer: Any, instruct: bool) -> list[tuple[Document, list[int]]]:
@@ -221,26 +269,29 @@ def _answers(
     return found, trace
 
 
-def _whose(chats: Sequence[Chat], *, fits: bool) -> str:
-    if not chats:
+def _whose(given: Sequence[str | None], *, fits: bool) -> str:
+    if not given:
         return "none"
-    kinds = {("written by the source" if fits else "left out, the source does not fit") if c.response is None else "given"
-             for c in chats}  # fmt: skip
+    kinds = {("written by the source" if fits else "left out, the source does not fit") if answer is None else "given"
+             for answer in given}  # fmt: skip
     return " and ".join(sorted(kinds))
 
 
-def _rows(tokens: Sequence[list[int]], names: Sequence[str], tokenizer: Any) -> Rows:
+def _rows(made: Sequence[tuple[list[int], str, Any]], tokenizer: Any) -> Rows:
+    """Of (token ids, document, a picture's arguments or None): every position counts but the last."""
     import numpy as np
 
-    ids = [np.array(row[:LONGEST], np.int32) for row in tokens]
-    kept = [at for at, row in enumerate(ids) if len(row) > 1]
+    kept = [(np.array(row, np.int32), name, inputs) for row, name, inputs in made if len(row) > 1]
     if not kept:
         raise SourceError(
             "nothing to calibrate on", where="--calibration", todo='a base model needs lines of {"text": ...}'
         )
-    scored = [np.arange(len(ids[at])) < len(ids[at]) - 1 for at in kept]
+    ids, names, inputs = [k[0] for k in kept], [k[1] for k in kept], [k[2] for k in kept]
+    scored = [np.arange(len(row)) < len(row) - 1 for row in ids]
     facts = protocols.tokenizer_facts(tokenizer)
-    return Rows("calibration", 1, [ids[at] for at in kept], scored, [names[at] for at in kept], facts)
+    if all(each is None for each in inputs):
+        return Rows("calibration", 1, ids, scored, names, facts)
+    return MixedRows("calibration", 1, ids, scored, names, facts, None, inputs)
 
 
 def text_hashes(text: str) -> set[str]:

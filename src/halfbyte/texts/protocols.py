@@ -5,7 +5,7 @@
     ppl[assistant-frame]      text inside an assistant turn that never ends; the text counts
     ppl[raw]                  text alone, one <bos> a window if the tokenizer has one; for base models
     ppl[raw,wikitext-80]      80 paragraphs of WikiText-2 test: the protocol of a published table, to re-run it as it stands
-    kld[assistant,on-policy,image]  the same as the first, about a picture (halfbyte.evaluator.vision.rows)
+    kld[assistant,on-policy,image]  the same as the first, about a picture (halfbyte.texts.vision.rows)
 
 Why the frame matters: an instruct model prices text outside its own turn as noise. Gemma 4's perplexity on bare WikiText is in the thousands, in the
 assistant's turn 37: the raw figure measures how surprised the model is to be out of its frame, and moves by that.
@@ -41,7 +41,7 @@ VERSIONS: Mapping[str, int] = {
     "ppl[raw,wikitext-80]": 1,
     "kld[assistant,on-policy,image]": 1,
 }
-#: the one that is built elsewhere: halfbyte.evaluator.vision.rows
+#: the one that is built elsewhere: halfbyte.texts.vision.rows
 IMAGE = "kld[assistant,on-policy,image]"
 #: what the user says before the text of `ppl[assistant-frame]`; templates want a user's turn first
 FRAME_REQUEST = "Write a text."

@@ -109,7 +109,7 @@ def read_chats(path: Path, limit: int | None = None) -> list[Chat]:
 
     A line is {"prompt": str, "response": str (optional)} or {"messages": [{"role", "content"}, ...]}; of messages that end
     with the assistant's, that one is the response. `id` or `key` becomes the name. A line with an "image" is none of ours
-    (halfbyte.evaluator.vision.prompts).
+    (halfbyte.texts.vision.prompts).
     raises SourceError, naming the line
     """
     chats: list[Chat] = []

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from halfbyte.recipe.budget.spending import costs_method
 from halfbyte.recipe.decisions import bitsandbytes_for, shared_reason
 from halfbyte.recipe.linter import mark_of
 
@@ -52,7 +53,7 @@ def _budget(spent: dict[str, Any]) -> list[str]:
         f"(from {spent['smallest']:,} to {spent['largest']:,} can be asked for)",
         "chosen      " + ", ".join(f"{count} {label}" for label, count in spent["tally"].items()),
         f"costs       {spent['nats']:.4f} nats, where NF4-64 everywhere is {spent['uniform']['nf4-64']:.4f} and NF4-32 "
-        f"{spent['uniform']['nf4-32']:.4f}: sums of modules measured one at a time",
+        f"{spent['uniform']['nf4-32']:.4f}: sums of modules measured one at a time, with weights by {costs_method(spent)}",
         f"measured    {measured['n']:,} tokens of {measured['documents']} documents, {measured['protocol']}; all in NF4-64 at once: "
         f"{joint['kld']:.4f} nats, their sum {joint['sum']:.4f}",
     ]

@@ -1,6 +1,6 @@
 """From data files to the rows of a protocol.
 
-    .jsonl        chats or prompts, one a line (halfbyte.texts.reading); lines with an image: halfbyte.evaluator.vision
+    .jsonl        chats or prompts, one a line (halfbyte.texts.reading); lines with an image: halfbyte.texts.vision
     anything else a text; WikiText's raw form is cut into its articles, any other file is one document
 
 Without a file, a few prompts and passages of our own are used, so that a first evaluation needs nothing but a model. They are
@@ -19,7 +19,6 @@ from typing import Any
 
 from halfbyte.errors import UsageError
 from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
-from halfbyte.evaluator.vision.prompts import PicturePrompt, has_other_lines, read_picture_prompts
 from halfbyte.format.shards import hash_file
 from halfbyte.layers.rows import Rows
 from halfbyte.layers.weights import Weights
@@ -27,6 +26,7 @@ from halfbyte.texts import protocols, reading
 from halfbyte.texts.protocols import IMAGE
 from halfbyte.texts.reading import Chat, Document
 from halfbyte.texts.traces import write_answers
+from halfbyte.texts.vision.prompts import PicturePrompt, has_other_lines, read_picture_prompts
 
 PROMPTS, PASSAGES = "prompts.jsonl", "passages.txt"
 _BUILT_IN_PROMPTS = "built-in prompts"
@@ -120,7 +120,7 @@ def rows_of(
 
 def check_pictures(reference: Weights, chosen: Sequence[str], material: Material) -> None:
     """Before a weight is read: raises UsageError if pictures are asked for and none is given, or the model takes none."""
-    from halfbyte.evaluator.vision.rows import load_processor
+    from halfbyte.texts.vision.rows import load_processor
 
     if IMAGE not in chosen:
         return
@@ -130,8 +130,8 @@ def check_pictures(reference: Weights, chosen: Sequence[str], material: Material
 
 
 def _picture_rows(reference: Weights, material: Material, settings: Settings, place: tuple[Path, str, str]) -> Rows:
-    from halfbyte.evaluator.vision.answers import write_picture_answers
-    from halfbyte.evaluator.vision.rows import load_processor, look, picture_rows
+    from halfbyte.texts.vision.answers import write_picture_answers
+    from halfbyte.texts.vision.rows import load_processor, look, picture_rows
 
     cache, device, dtype = place
     processor = load_processor(reference)

@@ -20,10 +20,10 @@ from halfbyte.evaluator.job.bases import Base
 from halfbyte.evaluator.job.vectors import Stored
 from halfbyte.evaluator.packed import PackedReference
 from halfbyte.evaluator.scoring.scorer import FLOOR_SEED, KeptReference, Scores, keep_reference, score_against
-from halfbyte.evaluator.vision.rows import PictureRows
 from halfbyte.layers.rows import Rows
 from halfbyte.progress import note
 from halfbyte.records import digest, versions
+from halfbyte.texts.vision.rows import PictureRows
 
 if TYPE_CHECKING:
     import numpy as np

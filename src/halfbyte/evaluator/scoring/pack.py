@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError, UsageError
 from halfbyte.evaluator.scoring.scorer import Candidate, KeptReference, Reference, in_row_order
-from halfbyte.evaluator.vision.rows import PictureRows
 from halfbyte.layers.head import Head
 from halfbyte.layers.rows import Rows
 from halfbyte.records import current_umask, digest
+from halfbyte.texts.vision.rows import PictureRows
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,6 @@ from halfbyte.device import check_device
 from halfbyte.errors import PlanError, ShapeMismatch, SourceError
 from halfbyte.evaluator.scoring.divergence import Prediction, delta_p, kl_divergence, predict
 from halfbyte.evaluator.scoring.residuals import KeptResiduals, ResidualErrors, Sample, Tapped, shape_of
-from halfbyte.evaluator.vision.model import SeeingModel
-from halfbyte.evaluator.vision.rows import PictureRows
 from halfbyte.layers.head import Head
 from halfbyte.layers.model import HiddenStates, WholeModel, exact_float32
 from halfbyte.layers.rows import Batch, Rows
@@ -34,6 +32,8 @@ from halfbyte.layers.streaming import Pass, Prepares, StreamedModel, must_stream
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import versions
+from halfbyte.texts.vision.model import SeeingModel
+from halfbyte.texts.vision.rows import PictureRows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,6 +9,8 @@ begins, as a copy of the model's residual; from then on it has a residual of its
     layer 1      model ----------+------------- ...
                                  +- o of 1 in NF4-64 ---- ...
 
+How a weight looks in NF4 is not decided here: rounded to nearest, or what another method made of it (`fits`).
+
 A layer is read once for all of them; a variant's rounded weights are put into it while that variant runs. With g groups a layer
 in two choices that is 2 g L / 2 forward passes of L layers, and one reading. Nothing is approximated: the hidden states are, to
 the bit, those of the streamed model whose tensors are rounded (tests/evaluator/sensitivity/test_carrying.py).
@@ -32,12 +34,14 @@ from halfbyte.layers.model import exact_float32, take_scored
 from halfbyte.layers.recording import Call, final_norm, record_calls
 from halfbyte.layers.rows import Batch
 from halfbyte.layers.streaming import StreamedModel, available_bytes
-from halfbyte.layers.weights import round_to_nf4
+from halfbyte.layers.weights import Weights, round_to_nf4
 from halfbyte.progress import track
 
 if TYPE_CHECKING:
     import torch
 
+#: (name in the files, weight, block size) -> the weight in NF4 as a loader will expand it
+Coarse = Callable[[str, Any, int], Any]
 #: the residuals stay on a GPU if this many times their size is free there
 _ROOM = 4
 
@@ -71,7 +75,14 @@ class _Passing:
 
 
 class CarryingModel(StreamedModel):
-    """A streamed model that carries variants of itself; see the top of this file."""
+    """A streamed model that carries variants of itself; see the top of this file.
+
+    coarse  how a weight looks in NF4; to begin with, rounded to nearest
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu", dtype: str = "float32") -> None:
+        super().__init__(weights, device, dtype)
+        self.coarse: Coarse = rounded_to_nearest
 
     def layer_of(self, key: str) -> int | None:
         """The decoder layer that holds the weight `key`, None if none does."""
@@ -140,7 +151,8 @@ class CarryingModel(StreamedModel):
         for path, weight in before.items():
             name = (path, variant.blocksize)
             if name not in rounded:
-                rounded[name] = round_to_nf4(weight, variant.blocksize)
+                stored = self.places.name(self._layer_paths[number] + path)
+                rounded[name] = self.coarse(stored, weight, variant.blocksize)
             layer.load_state_dict({path: rounded[name].to(weight.dtype)}, strict=False, assign=True)
         try:
             yield
@@ -176,6 +188,11 @@ class CarryingModel(StreamedModel):
     def carried_at_once(self, batches: Sequence[Batch]) -> int:
         """How many variants' residuals half of the CPU's free memory holds; at least one."""
         return max(1, available_bytes("cpu") // 2 // self.residual_bytes(batches))
+
+
+def rounded_to_nearest(name: str, weight: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """A `Coarse` that needs the weight alone."""
+    return round_to_nf4(weight, blocksize)
 
 
 def _copies(calls: Sequence[Call]) -> dict[int, Any]:

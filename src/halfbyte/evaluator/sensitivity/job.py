@@ -2,6 +2,7 @@
 
     source -> plan (which linears could be NF4) -> groups that loaders fuse -> rows of held-out text
     -> variants: each group alone in NF4-64 and in NF4-32; all at once in each; nothing at all
+    -> of another method than rtn: every weight fitted in both sizes, in a streamed pass over calibration rows (fits)
     -> one streamed pass (carrying) -> nats, with standard errors (costs) -> OUT/halfbyte/sensitivity.json
 
 "Nothing at all" must come out as exactly 0, or the kernels are not deterministic. "All at once" says how far costs add up.
@@ -29,10 +30,12 @@ from halfbyte.device import check_device
 from halfbyte.errors import OutputError, SourceError, UsageError
 from halfbyte.evaluator.job.material import Material, gather_material, rows_of
 from halfbyte.evaluator.job.scoring import device_name
-from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW, Settings
+from halfbyte.evaluator.job.settings import FRAME, GIVEN, OF_CHATS, ON_POLICY, RAW
 from halfbyte.evaluator.sensitivity.carrying import CarryingModel, Variant
 from halfbyte.evaluator.sensitivity.costs import cost_of, documents_of, klds_of, rank_correlation, standard_error
-from halfbyte.evaluator.sensitivity.settings import probing_of
+from halfbyte.evaluator.sensitivity.fits import Place, fitted
+from halfbyte.evaluator.sensitivity.settings import method_of_costs, probing_of
+from halfbyte.layers.fitting.method import Method
 from halfbyte.layers.rows import Rows
 from halfbyte.layers.streaming import must_stream
 from halfbyte.layers.weights import Nf4Weights, PlainWeights, open_weights
@@ -43,6 +46,7 @@ from halfbyte.recipe.skeleton import build_skeleton
 from halfbyte.recipe.survey import plan_of
 from halfbyte.records import read_record, write_record
 from halfbyte.texts import protocols
+from halfbyte.texts.calibration import chat_hashes, text_hashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +77,7 @@ def sensitivity(
     import torch
 
     probing, settings = probing_of(options)
+    method = method_of_costs(probing)
     started, out = time.perf_counter(), Path(out)
     if (out / "config.json").exists():
         raise OutputError("holds a checkpoint; a record of the source is none of its own", where=str(out), todo="name another folder")  # fmt: skip
@@ -86,13 +91,16 @@ def sensitivity(
     try:
         if not isinstance(weights, PlainWeights) or isinstance(weights, Nf4Weights):
             raise SourceError("is not a source", where=str(source), todo="name the full-precision checkpoint")
-        work = _Work(weights, device, settings, out)
         dtype = "float32" if settings.dtype == "auto" else settings.dtype
+        work = _Work(weights, Place(device, dtype, settings.batch, out), method)
         protocol = _protocol(probing.protocol, weights, material, (device, dtype))
         rows = rows_of(protocol, weights, material, settings, (out / "traces", device, dtype))
-        body = work.measure(rows, preset, dtype)
+        body = work.measure(rows, preset, _hashed(protocol, material))
         body["data"] = list(material.files_of(protocol))
-        body["settings"] = {**asdict(probing), "protocol": protocol, "dtype": dtype, "preset": str(preset)}
+        body["settings"] = {
+            **asdict(probing), "protocol": protocol, "dtype": dtype, "preset": str(preset),
+            "calibration": None if method.calibration is None else str(method.calibration),
+        }  # fmt: skip
     finally:
         weights.close()
     body["run"] = {
@@ -126,47 +134,60 @@ def _protocol(asked: str | None, weights: PlainWeights, material: Material, plac
 @dataclass(frozen=True)
 class _Work:
     weights: PlainWeights
-    device: str
-    settings: Settings
-    out: Path
+    place: Place
+    method: Method
 
-    def measure(self, rows: Rows, preset: str | Path, dtype: str) -> dict[str, Any]:
-        """Everything in the record that is about the model and the rows."""
+    def measure(self, rows: Rows, preset: str | Path, measured: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
+        """Everything in the record that is about the model and the rows; `measured`: names and hashes of their documents."""
         plan = plan_of(self.weights.source, preset=preset, allow_disagreement=True)
         groups = groups_of(plan.decisions, build_skeleton(self.weights.config))
-        batches = rows.batches(self.settings.batch)
-        model = CarryingModel(self.weights, self.device, dtype)
+        model = CarryingModel(self.weights, self.place.device, self.place.dtype)
         try:
             inside = [(group, first) for group in groups if (first := _first_layer(model, group)) is not None]
             if not inside:
                 raise SourceError("no linear of a decoder layer could be NF4", where=self.weights.label, todo="see halfbyte plan")  # fmt: skip
-            singles = [_single(group, choice, first) for group, first in inside for choice in MEASURED]
-            joint = [
-                Variant("all", c, frozenset().union(*(_keys(g) for g, _ in inside)), size)
-                for c, size in MEASURED.items()
-            ]
-            singles.sort(key=lambda variant: variant.first)
-            every = [Variant(_NOTHING, "", frozenset(), 64), *joint, *singles]
-            document = documents_of(batches, rows)
-            found: dict[tuple[str, str], dict[str, Any]] = {}
-            tokens: dict[tuple[str, str], np.ndarray] = {}
-            passes = _passes(every, model.carried_at_once(batches))
-            for some in passes:
-                states = model.carry(batches, some)
-                for variant, kld in zip(some, klds_of(model.head, batches, states, some), strict=True):
-                    name = (variant.name, variant.choice)
-                    found[name], tokens[name] = {**cost_of(kld, document), "drift": variant.drift}, kld
-                    variant.states = []
+            names = {name for group, _ in inside for name in group.tensors}
+            with fitted(self.method, self.weights, names, measured, self.place) as (model.coarse, weights):
+                found = self._costs(model, inside, rows)
         finally:
             model.close()
+        there = {group.name for group, _ in inside}
+        return {
+            "method": f"{self.method.method}, one group at a time, float64 KLD of the whole vocabulary",
+            "weights": weights,
+            "unmeasured": [module for group in groups if group.name not in there for module in group.modules],
+            **found,
+            "rows": {"digest": rows.digest, "protocol": rows.protocol, "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
+            "source": {
+                "label": self.weights.label, "digest": self.weights.digest,
+                "tensors": tensors_digest((info.name, info.shape) for info in self.weights.source.tensors),
+            },
+        }  # fmt: skip
+
+    def _costs(self, model: CarryingModel, inside: Sequence[tuple[Group, int]], rows: Rows) -> dict[str, Any]:
+        """Every group in both sizes, all at once, and nothing at all."""
+        batches = rows.batches(self.place.batch)
+        singles = [_single(group, choice, first) for group, first in inside for choice in MEASURED]
+        together = frozenset().union(*(_keys(group) for group, _ in inside))
+        joint = [Variant("all", choice, together, size) for choice, size in MEASURED.items()]
+        singles.sort(key=lambda variant: variant.first)
+        every = [Variant(_NOTHING, "", frozenset(), 64), *joint, *singles]
+        document = documents_of(batches, rows)
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        tokens: dict[tuple[str, str], np.ndarray] = {}
+        passes = _passes(every, model.carried_at_once(batches))
+        for some in passes:
+            states = model.carry(batches, some)
+            for variant, kld in zip(some, klds_of(model.head, batches, states, some), strict=True):
+                name = (variant.name, variant.choice)
+                found[name], tokens[name] = {**cost_of(kld, document), "drift": variant.drift}, kld
+                variant.states = []
         measured = [_measured(group, first, found) for group, first in inside]
         for each in measured:
             coarse, fine = (tokens[each["name"], choice] for choice in MEASURED)
             each["saving_standard_error"] = standard_error(coarse - fine, document)
         return {
-            "method": "rtn, one group at a time, float64 KLD of the whole vocabulary",
             "groups": measured,
-            "unmeasured": [module for g in groups if g.name not in {m["name"] for m in measured} for module in g.modules],
             "joint": {c: {**found["all", c], "sum": sum(m["costs"][c]["kld"] for m in measured)} for c in MEASURED},
             "self_kld": found[_NOTHING, ""]["kld"],
             "drift_rank_correlation": {
@@ -174,12 +195,14 @@ class _Work:
                 for c in MEASURED
             },
             "passes": len(passes),
-            "rows": {"digest": rows.digest, "protocol": rows.protocol, "n": rows.n, "documents": len(set(rows.documents)), "facts": rows.facts},
-            "source": {
-                "label": self.weights.label, "digest": self.weights.digest,
-                "tensors": tensors_digest((info.name, info.shape) for info in self.weights.source.tensors),
-            },
         }  # fmt: skip
+
+
+def _hashed(protocol: str, material: Material) -> list[tuple[str, set[str]]]:
+    """What the documents of a protocol are recognised by."""
+    if protocol in OF_CHATS:
+        return [(chat.name, chat_hashes(chat)) for chat in material.chats]
+    return [(document.name, text_hashes(document.text)) for document in material.documents]
 
 
 def _keys(group: Group) -> frozenset[str]:

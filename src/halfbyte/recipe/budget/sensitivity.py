@@ -4,6 +4,8 @@
                "saving_standard_error": of the paired difference, or null}]      nats a token
     joint    {"nf4-64": {"kld", "sum"}, ...}      all groups at once, beside the sum of the single ones
     rows     {"digest", "protocol", "n", "documents"}, data [{"name", "sha256", "bytes"}]
+    weights  {"method", "calibration": {"name", "sha256", "tokens", "rows_digest", ...} or null, ...}: how weights were made whose loss was
+             measured. Records from before that have none: they are of rtn
     source   {"label", "digest", "tensors": digest of names and shapes}
 
 It is written by `halfbyte sensitivity` (halfbyte.evaluator.sensitivity) and comes from elsewhere as often as not, so nothing in it is
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
+from halfbyte.recipe.decisions import METHODS
 from halfbyte.records import SCHEMA, digest
 
 NAME = "sensitivity"
@@ -35,7 +38,7 @@ class Sensitivity:
 
     costs  group -> choice (of MEASURED) -> nats
     modules  group -> module paths
-    about  what a plan carries on: digest of the record, rows, data, source, joint
+    about  what a plan carries on: digest of the record, rows, data, source, joint, and of which weights the costs are
     """
 
     costs: Mapping[str, Mapping[str, float]]
@@ -64,6 +67,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
             "rows": body["rows"]["digest"],
             "data": [{key: each[key] for key in ("name", "sha256", "bytes")} for each in body["data"]],
             "source": {key: body["source"][key] for key in ("label", "digest", "tensors")},
+            "weights": _weights(body),
             "joint": {c: {key: _nats(body["joint"][c][key]) for key in ("kld", "sum")} for c in MEASURED},
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -74,6 +78,18 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
 def tensors_digest(tensors: Iterable[tuple[str, Sequence[int]]]) -> str:
     """Of a source's (name, shape) pairs, in any order: which architecture, not which values."""
     return digest(sorted([name, list(shape)] for name, shape in tensors))
+
+
+def _weights(body: Mapping[str, Any]) -> dict[str, Any]:
+    """{"method", "calibration"}; raises KeyError, TypeError, ValueError."""
+    found = body.get("weights", {"method": "rtn", "calibration": None})
+    if found["method"] not in METHODS:
+        raise ValueError(f"method {str(found['method'])[:40]!r}")
+    seen = found["calibration"]
+    if seen is None:
+        return {"method": found["method"], "calibration": None}
+    texts = {key: str(seen[key]) for key in ("name", "sha256", "rows_digest")}
+    return {"method": found["method"], "calibration": {**texts, "tokens": int(seen["tokens"])}}
 
 
 def _nats(value: Any) -> float:

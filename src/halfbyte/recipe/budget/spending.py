@@ -8,6 +8,9 @@
 A budget bounds the bytes of all tensors in the file, kept ones included; a quant_state text is counted at its longest, so the
 file's tensors are never larger. Headers (some hundred KiB) and tokenizer are not counted, as nowhere in a plan.
 
+Costs are of one method's weights (rtn, scale, gptq): a record says of which, a plan carries it on, and `quantize` says so if it writes
+weights by another.
+
 The catch: costs are measured one group at a time and added up. Where errors of groups meet, the whole is not the sum (the
 record holds both for the two uniform checkpoints). And a cost has noise, so the smallest sum may be partly luck. The
 choice is exact for the sum; what the checkpoint loses is for `halfbyte evaluate` to say, on other text. A module that was not
@@ -62,6 +65,21 @@ def budget_of(options: PlanOptions) -> Budget | None:
         raise UsageError("a budget chooses block sizes itself", where="--blocksize", todo="leave --blocksize away")
     _limit(options.budget, 8)  # before anything is read
     return Budget(options.budget, read_sensitivity(options.sensitivity))
+
+
+def costs_method(spent: Mapping[str, Any]) -> str:
+    """How the weights were made whose costs a plan's `budget` was spent by; of plans from before that was asked, rtn."""
+    return str(spent["sensitivity"].get("weights", {}).get("method", "rtn"))
+
+
+def unlike(spent: Mapping[str, Any] | None, method: str) -> str | None:
+    """A sentence if a budget was spent by the costs of another method than `method`, which will write the weights; else None."""
+    if spent is None or (costs := costs_method(spent)) == method:
+        return None
+    return (
+        f"the budget was spent by costs of {costs}, the weights are written by {method}: the choice is exact for the former "
+        f"(halfbyte sensitivity --method {method} measures the latter)"
+    )
 
 
 def spend(

@@ -103,7 +103,7 @@ def choose_warps(row_groups: int, most: int) -> int:
     """
     if row_groups <= most:
         return row_groups
-    tried = range(-(-3 * most // 4), most + 1, 2)
+    tried = range(most, 3 * most // 4 - 1, -2)
     return max(tried, key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
 
 

@@ -1,4 +1,4 @@
-"""How codes and scales are chosen: the options of `halfbyte quantize` that ask for more than rounding.
+"""How codes and scales are chosen: the options of `halfbyte quantize` (and `sensitivity`) that ask for more than rounding.
 
     rtn     round to nearest with absmax scales: bitsandbytes' own, bit for bit; the default
     scale   codes to nearest, scales searched, of either sign; weighted by the inputs' mean squares if there is calibration
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import UsageError
+from halfbyte.recipe.decisions import METHODS
 
 if TYPE_CHECKING:
     from halfbyte.codec.fitting import Fit
 
-METHODS = ("rtn", "scale", "gptq")
 DTYPES = ("auto", "float32", "bfloat16")
 
 

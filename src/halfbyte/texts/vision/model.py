@@ -4,7 +4,7 @@ The text scorer runs the decoder alone. Here the model's own forward runs, tower
 picture enters the residual is written down here (where soft tokens go, which of them see each other, deep features). What
 leaves the decoder behind its final norm is caught by a hook; head and figures are those of the text protocols.
 
-The catch: whole only. Layer streaming replays the decoder's calls from token ids, and pixels are not among them.
+The catch: whole only. Calibration streams rows with pictures (halfbyte.layers.streaming), scoring does not.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError
-from halfbyte.evaluator.vision.rows import PictureBatch
 from halfbyte.layers.model import WholeModel, build_module
 from halfbyte.layers.places import Places
-from halfbyte.layers.rows import Batch
+from halfbyte.layers.recording import as_arguments, run_base
+from halfbyte.layers.rows import Batch, PictureBatch
 from halfbyte.layers.streaming import available_bytes
 from halfbyte.layers.weights import Weights
 from halfbyte.recipe.skeleton import build_skeleton
@@ -38,31 +38,12 @@ class SeeingModel(WholeModel):
         super().__init__(weights, device, dtype, attention, towers=True)
 
     def run(self, batch: Batch) -> torch.Tensor:
-        import torch
-
         assert isinstance(batch, PictureBatch), "rows without pictures are scored by the text scorer"
-        caught: list[Any] = []
-        hook = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output))
-        try:
-            ids = torch.from_numpy(batch.tokens).to(self.device)
-            self.model.base_model(input_ids=ids, use_cache=False, **self.arguments(batch.inputs))
-        finally:
-            hook.remove()
-        if len(caught) != 1:
-            raise PlanError("runs its decoder other than once", where=type(self.model).__name__, todo="report it")
-        found: torch.Tensor = caught[0].last_hidden_state
-        return found
+        return run_base(self.model, batch, self.device)
 
     def arguments(self, inputs: Any) -> dict[str, torch.Tensor]:
         """Arrays as tensors on the device, floats in the compute dtype."""
-        import torch
-
-        dtype = self.decoder.get_input_embeddings().weight.dtype
-        found = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        return {
-            name: tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in found.items()
-        }
+        return as_arguments(self.model, inputs, self.device)
 
 
 def check_fits(weights: Weights, device: str, dtype: str) -> None:

@@ -23,27 +23,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError, SourceError, UsageError
-from halfbyte.evaluator.vision.prompts import PicturePrompt
 from halfbyte.format.shards import hash_file
 from halfbyte.images import open_image
-from halfbyte.layers.rows import Batch, Rows
+from halfbyte.layers.rows import Batch, PictureBatch, Rows
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import track
 from halfbyte.records import digest
 from halfbyte.texts.protocols import IMAGE, VERSIONS, check_bos, is_instruct, tokenizer_facts
+from halfbyte.texts.vision.prompts import PicturePrompt
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: of all pixel arrays together
 MAX_PIXEL_BYTES = 4 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class PictureBatch(Batch):
-    """One row, and what the model is given beside its token ids (name -> array, first axis of length 1 or patches)."""
-
-    inputs: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +119,7 @@ def look(processor: Any, prompts: Sequence[PicturePrompt]) -> list[Seen]:
     found, total = [], 0
     with track("pictures", len(prompts), "pictures") as advance:
         for prompt in prompts:
-            found.append(_look(processor, prompt))
+            found.append(see(processor, prompt))
             total += sum(array.nbytes for array in found[-1].inputs.values())
             if total > MAX_PIXEL_BYTES:
                 raise UsageError(
@@ -138,7 +131,8 @@ def look(processor: Any, prompts: Sequence[PicturePrompt]) -> list[Seen]:
     return found
 
 
-def _look(processor: Any, prompt: PicturePrompt) -> Seen:
+def see(processor: Any, prompt: PicturePrompt) -> Seen:
+    """One picture decoded and its prompt rendered; raises SourceError (a picture), PlanError (a processor that makes no pixels)."""
     content = [{"type": "image"}, {"type": "text", "text": prompt.prompt}]
     turn = [{"role": "user", "content": content}]
     image = open_image(prompt.image)
@@ -180,7 +174,7 @@ def picture_rows(
     for (one, _), ids in zip(kept, tokens, strict=True):
         scored.append(np.arange(len(ids)) >= len(one.ids) - 1)
         scored[-1][-1] = False
-    inputs = [_longer(one, len(ids)) for (one, _), ids in zip(kept, tokens, strict=True)]
+    inputs = [lengthened(one, len(ids)) for (one, _), ids in zip(kept, tokens, strict=True)]
     of_frame = sum(token in frame for _, answer in kept for token in answer)
     about = {
         **tokenizer_facts(tokenizer), **facts, "empty_answers": len(seen) - len(kept), "batch": 1,
@@ -194,7 +188,7 @@ def picture_rows(
     )  # fmt: skip
 
 
-def _longer(one: Seen, length: int) -> dict[str, np.ndarray]:
+def lengthened(one: Seen, length: int) -> dict[str, np.ndarray]:
     """The arguments for a row of `length`: what has a value a token (its type) is 0, text, for the answer."""
     import numpy as np
 

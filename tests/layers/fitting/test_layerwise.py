@@ -12,9 +12,9 @@ from layers.drawn_weights import DrawnWeights, config_of
 from layers.small_rows import random_rows
 
 from halfbyte.codec.fitting import Moments
+from halfbyte.layers.fitting.layerwise import Inputs, fit_layers
 from halfbyte.layers.model import WholeModel
 from halfbyte.layers.streaming import StreamedModel
-from halfbyte.quantizer.layerwise import Inputs, fit_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = random_rows(3, 128)

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.evaluator.vision.model import SeeingModel
-from halfbyte.evaluator.vision.rows import Seen, hash_arrays
 from halfbyte.layers.model import exact_float32
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import note, track
 from halfbyte.records import digest, versions, write_text_atomic
 from halfbyte.texts.protocols import tokenizer_facts
 from halfbyte.texts.traces import FORMAT, stop_ids, stored_answers, until_stop
+from halfbyte.texts.vision.model import SeeingModel
+from halfbyte.texts.vision.rows import Seen, hash_arrays
 
 
 def write_picture_answers(

@@ -3,5 +3,7 @@
 prompts   JSON lines with an image each, every one of them checked before a weight is read
 rows      token rows that carry what the processor made of their picture
 model     decoder, head *and* towers; hidden states as the scorer wants them
+drawn     pictures of our own, drawn by arithmetic, for calibration
+shown     pictures among calibration rows
 answers   the reference answers once, greedily, and the answers are kept in a file
 """
