@@ -57,7 +57,7 @@ RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2))
 TRIED = (Variant(early=True), Variant(early=True, stage_units=2), Variant(early=True, alu_words=1), Variant())
 TUNED = (
     Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
-    *(Variant(early=True, x_stages=n) for n in (2, 3, 5, 6)), Variant(early=True, alu_words=1),
+    *(Variant(early=True, x_stages=n) for n in (2, 3, 6)), Variant(early=True, alu_words=1), Variant(early=True, room=4),
 )  # fmt: skip
 #: warps that --tune tries beside the number that divides the weight best
 TUNED_WARPS = (12, 14)
@@ -135,7 +135,7 @@ def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dic
         if chosen.groups == 4:  # more registers a thread, so fewer warps
             chosen = replace(chosen, warps=variants.choose_warps(row_groups, variants.MOST_WIDE_WARPS))
         if chosen.shared_bytes(m) <= device.shared_bytes:
-            name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride}"
+            name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride} r{chosen.room}"
             found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
     return found
 

@@ -44,6 +44,9 @@ CASES = [
     (Variant(warps=3, early=True, ahead=2, table_stride=128), (96, 64), 448, 4, 1),
     (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
     (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),
+    (Variant(warps=2, stage_units=2, depth=3), (64, 64), 1024, 3, 3),  # whole chunks at once
+    (Variant(warps=2, groups=2), (96,), 1280, 11, 2),
+    (Variant(warps=1, subs=2, row_tiles=1), (48,), 1024, 6, 2),
 ]
 
 

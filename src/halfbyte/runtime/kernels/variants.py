@@ -59,6 +59,7 @@ class Variant:
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
     ahead         with early: stages asked for meanwhile
+    room          warps of the previous kernel that there are registers for beside a block
     """
 
     warps: int = MOST_WARPS
@@ -72,6 +73,7 @@ class Variant:
     subs: int = 1
     early: bool = False
     ahead: int = 1
+    room: int = 0
 
     @property
     def defines(self) -> tuple[str, ...]:
