@@ -21,6 +21,8 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
+#: transformers' names of the activations that the kernel knows, and its numbers for them
+ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
 #: steps of a block that are few
 FEW_STEPS = 16
 #: warps of a block, at most: with 128 registers a thread, and with 168
@@ -59,6 +61,7 @@ class Variant:
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
     ahead         with early: stages asked for meanwhile
+    activation    0, or one of ACTIVATIONS: x is act(gate) * up
     room          warps of the previous kernel that there are registers for beside a block
     """
 
@@ -74,6 +77,7 @@ class Variant:
     early: bool = False
     ahead: int = 1
     room: int = 0
+    activation: int = 0
 
     @property
     def defines(self) -> tuple[str, ...]:
