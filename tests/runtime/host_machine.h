@@ -25,6 +25,7 @@ typedef unsigned char u8;
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __shared__ static
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 using std::max;

@@ -59,8 +59,8 @@
 #define AHEAD 1        // with EARLY: stages that are asked for while the previous kernel still runs; more would be in its way
 #endif
 #define CHUNK 4        // blocks of 64 columns in a chunk of x
-#ifndef ROOM
-#define ROOM 0         // warps of other kernels that a multiprocessor has registers for beside a block: with EARLY, those of the previous one
+#ifndef REGISTERS
+#define REGISTERS 128  // a thread; with 16 warps 112 leave room for a small kernel beside a block: with EARLY, the previous one
 #endif
 #ifndef ACTIVATION
 #define ACTIVATION 0   // 1: x is act(gate) * up, of gate and up side by side; gelu by tanh. 2: silu. 3: gelu by erf
@@ -247,7 +247,7 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[RO
     }
 }
 
-extern "C" __global__ void __launch_bounds__((WARPS + ROOM) * 32, 1) nf4_linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __maxnreg__(REGISTERS) nf4_linear(const __grid_constant__ Params p) {
     const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
     const u32 lane = lane_id(), warp = threadIdx.x >> 5;
     const u32 g = lane >> 2, t = lane & 3;
@@ -351,7 +351,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + ROOM) * 32, 1) nf4_linear(
         wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
         for (int i = AHEAD; i < DEPTH; i++) ask();
     }
-    constexpr int UNITS_AT_ONCE = GROUPS == 1 && ROOM == 0 ? CHUNK : GROUPS <= 2 ? 2 : 1;  // more need more registers than there are
+    constexpr int UNITS_AT_ONCE = GROUPS == 1 ? CHUNK : GROUPS <= 2 ? 2 : 1;  // more need more registers than there are
     const bool aligned = p.k_blocks % CHUNK == 0;  // then 256 scales, which share one of the second level, end with a chunk
     u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {
