@@ -57,7 +57,7 @@ RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2))
 TRIED = (Variant(early=True), Variant(early=True, stage_units=2), Variant(early=True, alu_words=1), Variant())
 TUNED = (
     Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
-    *(Variant(early=True, x_stages=n) for n in (2, 3, 5, 6)), Variant(early=True, alu_words=1),
+    *(Variant(early=True, x_stages=n) for n in (2, 3, 6)), Variant(early=True, alu_words=1), *(Variant(early=True, registers=n) for n in (96, 104, 112)),
 )  # fmt: skip
 #: warps that --tune tries beside the number that divides the weight best
 TUNED_WARPS = (12, 14)
@@ -133,9 +133,10 @@ def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dic
             continue
         chosen = replace(variant, groups=1 if m <= 8 else 2 if m <= 16 else 4)
         if chosen.groups == 4:  # more registers a thread, so fewer warps
+            chosen = replace(chosen, registers=variants.REGISTERS[4])
             chosen = replace(chosen, warps=variants.choose_warps(row_groups, variants.MOST_WIDE_WARPS))
         if chosen.shared_bytes(m) <= device.shared_bytes:
-            name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride}"
+            name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride} r{chosen.registers}"
             found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
     return found
 

@@ -20,7 +20,8 @@ from runtime.stored_weights import dense, draw
 from runtime.test_emulation import table_levels
 
 from halfbyte.codec import nf4_levels
-from halfbyte.runtime.kernels import build, launch, levels
+from halfbyte.runtime.decode.kernels.gate import gated_reference
+from halfbyte.runtime.kernels import build, launch, levels, variants
 from halfbyte.runtime.kernels.partition import Partition
 from halfbyte.runtime.kernels.tensors import NAMES, Tensors
 from halfbyte.runtime.kernels.variants import Variant
@@ -44,6 +45,9 @@ CASES = [
     (Variant(warps=3, early=True, ahead=2, table_stride=128), (96, 64), 448, 4, 1),
     (Variant(warps=1, row_tiles=1, groups=4, subs=2, alu_words=4), (48, 16), 320, 27, 6),
     (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),
+    (Variant(warps=2, stage_units=2, depth=3), (64, 64), 1024, 3, 3),  # whole chunks at once
+    (Variant(warps=2, groups=2), (96,), 1280, 11, 2),
+    (Variant(warps=1, subs=2, row_tiles=1), (48,), 1024, 6, 2),
 ]
 
 
@@ -88,6 +92,26 @@ def ranges_of(*tensors: torch.Tensor) -> Any:
     return (ctypes.c_void_p * (2 * len(ends)))(*[address for pair in ends for address in pair])
 
 
+def launched(weight: Tensors, x: torch.Tensor, variant: Variant, split: Partition, folder: Path) -> torch.Tensor:
+    """y of a launch into NaN, with NaN where parts wait; the counters are as before."""
+    m, row_groups, most_parts = x.shape[0], split.row_groups, split.most_parts
+    y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)
+    partial = aligned(torch.full((row_groups * most_parts * variant.row_tiles * variant.groups * 128,), torch.nan))
+    counters, table = torch.zeros(row_groups, dtype=torch.int32), levels.pair_table()
+    arguments = launch._LinearArguments(
+        **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
+        counters=counters.data_ptr(), cuts=split.cuts.ctypes.data, parts=split.parts.ctypes.data, m=m, n=weight.rows,
+        row_groups=row_groups, k_blocks=weight.k_blocks, row_blocks=split.row_blocks, maps_count=weight.maps.shape[0],
+        most_parts=most_parts, reserved=0, unit=levels.UNIT,
+    )  # fmt: skip
+    ranges = ranges_of(weight.tiles, weight.codes, x)
+    library("nf4_linear", variant.defines, folder).run(
+        ctypes.byref(arguments), split.blocks, variant.shared_bytes(m), ranges
+    )
+    assert not counters.any()
+    return y
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("host")
@@ -99,25 +123,28 @@ def test_the_source_of_the_kernel_multiplies(case, folder):
     stored = [draw(rows, columns, seed, 64 // variant.subs) for seed, rows in enumerate(parts)]
     made = weight_from(stored)
     weight = Tensors(*[aligned(getattr(made, name)) for name in NAMES])
-    partition = Partition.over(weight.groups.shape[0], weight.k_blocks, variant.warps, blocks)
     x = aligned(torch.randn(m, columns).to(torch.bfloat16))
-    y = torch.full((m, weight.rows), torch.nan, dtype=torch.bfloat16)
-    row_groups, most_parts = partition.row_groups, partition.most_parts
-    partial = aligned(torch.full((row_groups * most_parts * variant.row_tiles * variant.groups * 128,), torch.nan))
-    counters = torch.zeros(row_groups, dtype=torch.int32)
-    table = levels.pair_table()
-    arguments = launch._LinearArguments(
-        **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
-        counters=counters.data_ptr(), cuts=partition.cuts.ctypes.data, parts=partition.parts.ctypes.data, m=m, n=weight.rows,
-        row_groups=row_groups, k_blocks=weight.k_blocks, row_blocks=partition.row_blocks, maps_count=len(parts),
-        most_parts=most_parts, reserved=0, unit=levels.UNIT,
-    )  # fmt: skip
-    run = library("nf4_linear", variant.defines, folder).run
-    ranges = ranges_of(weight.tiles, weight.codes, x)
-    run(ctypes.byref(arguments), partition.blocks, variant.shared_bytes(m), ranges)
+    split = Partition.over(weight.groups.shape[0], weight.k_blocks, variant.warps, blocks)
     expected = (x.double() @ dense(stored, table_levels()).T).float()
+    y = launched(weight, x, variant, split, folder)
     torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=2e-4)  # y is rounded to bf16, nothing else
-    assert not counters.any()
+
+
+@pytest.mark.parametrize("activation", variants.ACTIVATIONS)
+@pytest.mark.parametrize("m", [1, 7])
+def test_the_source_of_the_kernel_gates_what_it_multiplies(activation, m, folder):
+    """x is gate and up side by side; bf16 results may round the other way where exp and tanh differ in the last bits."""
+    made = weight_from([draw(64, 576, 3, 64)])
+    weight = Tensors(*[aligned(getattr(made, name)) for name in NAMES])
+    both = aligned((2 * torch.randn(m, 2 * 576)).to(torch.bfloat16))
+    variant = Variant(warps=2, activation=variants.ACTIVATIONS[activation])
+    y = launched(weight, both, variant, Partition.over(2, 9, 2, 2), folder)
+    x = gated_reference(both[:, :576], both[:, 576:], activation)
+    expected = (x.double() @ dense(made.to_stored(), table_levels()).T).float()
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=3e-2)
+    assert not torch.allclose(
+        y.float(), (both[:, :576].double() @ dense(made.to_stored(), table_levels()).T).float(), atol=0.5
+    )
 
 
 @pytest.mark.parametrize(("parts", "blocksize"), [((64, 32), 64), ((48,), 32)])

@@ -37,7 +37,7 @@ def test_every_batch_of_1_to_16_has_the_same_split_and_fits(shape, device):
         variant = variants.default_variant(rows, 2, 1, shape[0] // 32, shape[1] // 64, device)
         assert variant.rows >= rows
         assert variant.shared_bytes(rows) <= device.shared_bytes
-        assert variant.threads * (168 if variant.groups == 4 else 128) <= 65536
+        assert variant.threads * variant.registers <= 65536
         if rows <= 16:
             found.add(variant.warps)
     assert len(found) == 1

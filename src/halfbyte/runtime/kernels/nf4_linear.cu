@@ -59,6 +59,12 @@
 #define AHEAD 1        // with EARLY: stages that are asked for while the previous kernel still runs; more would be in its way
 #endif
 #define CHUNK 4        // blocks of 64 columns in a chunk of x
+#ifndef REGISTERS
+#define REGISTERS 128  // a thread; with 16 warps 112 leave room for a small kernel beside a block: with EARLY, the previous one
+#endif
+#ifndef ACTIVATION
+#define ACTIVATION 0   // 1: x is act(gate) * up, of gate and up side by side; gelu by tanh. 2: silu. 3: gelu by erf
+#endif
 #define MAPS 4         // parts stacked in one weight, at most
 
 struct Params {
@@ -68,7 +74,7 @@ struct Params {
     const int4* groups;   // per row group: {first: block number of row 0, k block 0 in `nested` terms; offset's bits; map; 0}
     const float* maps;    // [parts][256]
     const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
-    const u16* x;         // [m][64 * k_blocks]
+    const u16* x;         // [m][64 * k_blocks], or with an activation [m][2][64 * k_blocks]
     u16* y;               // [m][n]
     float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
     u32* counters;        // [row groups], zero before and after
@@ -99,15 +105,16 @@ static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 
 static_assert(RING_FULL_AT + 8 * WARPS * DEPTH <= TABLE_AT, "barriers");
 
 #include "decode.cuh"
+#include "gate.cuh"
 
 // Steps of one row block that lie together: its blocks of 64 columns k .. stop - 1. None: stop = 0.
 struct Segment {
     u32 row_block, k, stop;
 };
-__device__ __forceinline__ Segment segment_at(const Params& p, u32 step, u32 end) {
-    if (step >= end) return {p.row_blocks, 0, 0};
-    const u32 row_block = step / p.k_blocks, k = step % p.k_blocks;
-    return {row_block, k, min(p.k_blocks, k + end - step)};
+// The part of a row block, from k on, that comes before step `end`.
+__device__ __forceinline__ Segment segment_of(const Params& p, u32 row_block, u32 k, u32 end) {
+    const u32 first = row_block * p.k_blocks;
+    return {row_block, k, first + k < end ? min(p.k_blocks, end - first) : 0};
 }
 
 typedef float Sums[ROW_TILES][GROUPS][4];
@@ -171,12 +178,35 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     write(p, whole, row_group, lane);
 }
 
-// Fetches a chunk of x: blocks k .. k + CHUNK - 1 of all rows, those that there are.
+// Fetches a chunk of x: blocks k .. k + CHUNK - 1 of all rows, those that there are. 32 lanes arrive at `full` when it is there.
 __device__ __forceinline__ void fetch(const Params& p, u32 k, u32 to, u32 full, u32 lane) {
+    const u32 columns = p.k_blocks * 64;
     const u16* from = p.x + k * 64 + lane * 8;
-    if (lane < (p.k_blocks - k) * 8)  // 16 bytes of a row each
-        for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), from + (u64)row * p.k_blocks * 64);
+    const bool inside = lane < (p.k_blocks - k) * 8;  // 16 bytes of a row each
+#if ACTIVATION == 0
+    if (inside)
+        for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), from + (u64)row * columns);
     arrive_when_copied(full);
+#else
+    constexpr u32 ROWS = 4;  // on their way at a time
+    if (inside)
+        for (u32 first = 0; first < p.m; first += ROWS) {
+            uint4 gate[ROWS], up[ROWS];
+#pragma unroll
+            for (u32 i = 0; i < ROWS; i++) {
+                const u16* row = from + (u64)min(first + i, p.m - 1) * 2 * columns;
+                gate[i] = __ldcg(reinterpret_cast<const uint4*>(row)), up[i] = __ldcg(reinterpret_cast<const uint4*>(row + columns));
+            }
+#pragma unroll
+            for (u32 i = 0; i < ROWS; i++) {
+                const u32 row = first + i;
+                const uint4 v = {gated_pair<ACTIVATION>(gate[i].x, up[i].x), gated_pair<ACTIVATION>(gate[i].y, up[i].y),
+                                 gated_pair<ACTIVATION>(gate[i].z, up[i].z), gated_pair<ACTIVATION>(gate[i].w, up[i].w)};
+                if (row < p.m) store16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), v);
+            }
+        }
+    arrive_at(full);
+#endif
 }
 
 // sums += a unit; `scale`: of the row that this lane expands; x: where the lane's 16 bytes of columns 0 .. 31 are; those of 32 .. 63
@@ -217,13 +247,12 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, const uint4 (&tile)[RO
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __maxnreg__(REGISTERS) nf4_linear(const __grid_constant__ Params p) {
     const u32 shared = shared_base() & 0xff000000u;  // 0, or the block's number in a cluster
     const u32 lane = lane_id(), warp = threadIdx.x >> 5;
     const u32 g = lane >> 2, t = lane & 3;
-    const u32 end = p.cuts[blockIdx.x + 1];
-    u32 step = p.cuts[blockIdx.x];
-    Segment at = segment_at(p, step, end);
+    const u32 begin = p.cuts[blockIdx.x], end = p.cuts[blockIdx.x + 1];
+    Segment at = segment_of(p, begin / p.k_blocks, begin % p.k_blocks, end);
     auto row_group_of = [&](const Segment& s) { return s.stop ? s.row_block * WARPS + warp : p.row_groups; };
     u32 row_group = row_group_of(at);  // a warp of the last row block may have none: it keeps the others company
 
@@ -247,24 +276,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
 
     // The ring: `ahead` is what to ask for next. All of it is known beforehand, so it may be read while the previous kernel runs.
     const u32 ring = shared + RING_AT + warp * (DEPTH * STAGE_BYTES), ring_full = shared + RING_FULL_AT + warp * (DEPTH * 8);
-    u32 ahead_step = step, ahead_k = at.k, ahead_stop = 0, filled = 0;
-    const u8 *ahead_weight = nullptr, *ahead_codes = nullptr;
-    auto enter = [&](const Segment& s) {
-        const u32 row_group = row_group_of(s);
-        const u64 unit = (u64)row_group * p.k_blocks + s.k;
-        ahead_k = s.k, ahead_stop = row_group < p.row_groups ? s.stop : 0;
-        ahead_weight = p.weight + unit * UNIT_BYTES, ahead_codes = p.codes + unit * CODE_BYTES;
-    };
+    Segment ahead = at;
+    u32 filled = 0;
+    if (row_group >= p.row_groups) ahead.stop = 0;
     auto ask = [&]() {
-        if (ahead_stop == 0) return;
-        const u32 skip = ahead_k % STAGE_UNITS, units = min(STAGE_UNITS - skip, ahead_stop - ahead_k), to = ring + filled * STAGE_BYTES;
-        fill(ring_full + 8 * filled, to + skip * UNIT_BYTES, ahead_weight, units * UNIT_BYTES,
-             to + STAGE_UNITS * UNIT_BYTES + skip * CODE_BYTES, ahead_codes, units * CODE_BYTES, lane);
+        if (ahead.stop == 0) return;
+        const u32 skip = ahead.k % STAGE_UNITS, units = min(STAGE_UNITS - skip, ahead.stop - ahead.k), to = ring + filled * STAGE_BYTES;
+        const u64 unit = (u64)(ahead.row_block * WARPS + warp) * p.k_blocks + ahead.k;
+        fill(ring_full + 8 * filled, to + skip * UNIT_BYTES, p.weight + unit * UNIT_BYTES, units * UNIT_BYTES,
+             to + STAGE_UNITS * UNIT_BYTES + skip * CODE_BYTES, p.codes + unit * CODE_BYTES, units * CODE_BYTES, lane);
         if (++filled == DEPTH) filled = 0;
-        ahead_k += units, ahead_step += units, ahead_weight += units * UNIT_BYTES, ahead_codes += units * CODE_BYTES;
-        if (ahead_k == ahead_stop) enter(segment_at(p, ahead_step, end));
+        ahead.k += units;
+        if (ahead.k == ahead.stop) {
+            ahead = segment_of(p, ahead.row_block + 1, 0, end);
+            if (row_group_of(ahead) >= p.row_groups) ahead.stop = 0;
+        }
     };
-    enter(at);
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; i++) init_barrier(ring_full + 8 * i, FILL_ARRIVALS);
         barriers_are_there();
@@ -294,21 +321,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
 
     // Chunks of x, one warp after another. What the previous kernel may write or still read is touched behind the first of them only.
     const u32 stage_bytes = p.m * X_ROW;
-    u32 x_step = step, x_k = at.k, x_stop = at.stop, x_to = 0, x_turn = 0, x_warp = 0;
+    Segment x_at = at;
+    u32 x_to = 0, x_turn = 0, x_warp = 0;
     auto fetch_next = [&]() {
-        if (x_stop == 0) return;
+        if (x_at.stop == 0) return;
         if (x_warp == warp) {
             if (x_turn > 0) wait_at(shared + FREE_AT + 8 * x_to, (x_turn - 1) & 1);
-            fetch(p, x_k & ~(CHUNK - 1), shared + X_AT + x_to * stage_bytes, shared + FULL_AT + 8 * x_to, lane);
+            fetch(p, x_at.k & ~(CHUNK - 1), shared + X_AT + x_to * stage_bytes, shared + FULL_AT + 8 * x_to, lane);
         }
         if (++x_warp == WARPS) x_warp = 0;
         if (++x_to == X_STAGES) x_to = 0, x_turn++;
-        const u32 next = min((x_k | (CHUNK - 1)) + 1, x_stop);
-        x_step += next - x_k, x_k = next;
-        if (next == x_stop) {
-            const Segment s = segment_at(p, x_step, end);
-            x_k = s.k, x_stop = s.stop;
-        }
+        x_at.k = (x_at.k | (CHUNK - 1)) + 1;
+        if (x_at.k >= x_at.stop) x_at = segment_of(p, x_at.row_block + 1, 0, end);
     };
     if (EARLY && warp < LEAD) wait_for_previous();
     for (int i = 0; i < LEAD; i++) fetch_next();
@@ -327,6 +351,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
         wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
         for (int i = AHEAD; i < DEPTH; i++) ask();
     }
+    constexpr int UNITS_AT_ONCE = GROUPS == 1 ? CHUNK : GROUPS <= 2 ? 2 : 1;  // more need more registers than there are
+    const bool aligned = p.k_blocks % CHUNK == 0;  // then 256 scales, which share one of the second level, end with a chunk
     u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {
         const bool active = row_group < p.row_groups;
@@ -335,34 +361,48 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
         float nested = 0;  // 256 scales share one
         if (active) nested = p.nested[block >> 8];
         Sums sums = {};
+        auto add_unit = [&](u32 k) {  // block k of this row group, where it lies in the ring and in the chunk of x
+            const u32 unit = ring + stage * STAGE_BYTES, here = k % STAGE_UNITS;
+            float scale[SUBS];
+#pragma unroll
+            for (int sub = 0; sub < SUBS; sub++) {
+                const u32 code = read1(unit + code_lane + here * CODE_BYTES + sub * 16 * ROW_TILES);
+                scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * code)), nested, __int_as_float(group.y));
+            }
+            block += SUBS;
+            uint4 tile[ROW_TILES];
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(unit + weight_lane + here * UNIT_BYTES + i * 512);
+            u32 x[GROUPS];
+#pragma unroll
+            for (int q = 0; q < GROUPS; q++) x[q] = x_row[q] + x_stage * stage_bytes + k % CHUNK * 128;
+            multiply_unit(sums, tile, scale, x, home, levels, lane);
+        };
+        auto next_stage = [&]() {
+            __syncwarp();
+            ask();
+            if (++stage == DEPTH) stage = 0, parity ^= 1;
+        };
 #pragma unroll 1
         for (u32 k = at.k & ~(CHUNK - 1); k < at.stop; k += CHUNK) {
             fetch_next();
             wait_at(shared + FULL_AT + 8 * x_stage, x_parity);
-#pragma unroll
-            for (int d = 0; d < CHUNK; d++) {
-                if (k + d < at.k || k + d >= at.stop || !active) continue;
-                if (d % STAGE_UNITS == 0 || k + d == at.k) wait_at(ring_full + 8 * stage, parity);
-                const u32 unit = ring + stage * STAGE_BYTES;
+            if (aligned && active && k >= at.k && k + CHUNK <= at.stop) {  // nearly always: nothing to ask between the units
                 if ((block & 255) == 0) nested = p.nested[block >> 8];
-                float scale[SUBS];
-#pragma unroll
-                for (int sub = 0; sub < SUBS; sub++) {
-                    const u32 code = read1(unit + code_lane + d % STAGE_UNITS * CODE_BYTES + sub * 16 * ROW_TILES);
-                    scale[sub] = fmaf(__uint_as_float(read4<0>(map + 4 * code)), nested, __int_as_float(group.y));
+#pragma unroll UNITS_AT_ONCE
+                for (int d = 0; d < CHUNK; d++) {
+                    if (d % STAGE_UNITS == 0) wait_at(ring_full + 8 * stage, parity);
+                    add_unit(d);
+                    if ((d + 1) % STAGE_UNITS == 0) next_stage();
                 }
-                block += SUBS;
-                uint4 tile[ROW_TILES];
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) tile[i] = read16(unit + weight_lane + d % STAGE_UNITS * UNIT_BYTES + i * 512);
-                u32 x[GROUPS];
-#pragma unroll
-                for (int q = 0; q < GROUPS; q++) x[q] = x_row[q] + x_stage * stage_bytes + d * 128;
-                multiply_unit(sums, tile, scale, x, home, levels, lane);
-                if ((d + 1) % STAGE_UNITS == 0 || k + d + 1 == at.stop) {
-                    __syncwarp();
-                    ask();
-                    if (++stage == DEPTH) stage = 0, parity ^= 1;
+            } else if (active) {
+                const u32 first = max(k, at.k), end_of_chunk = min(k + CHUNK, at.stop);
+#pragma unroll 1
+                for (u32 one = first; one < end_of_chunk; one++) {
+                    if (one % STAGE_UNITS == 0 || one == at.k) wait_at(ring_full + 8 * stage, parity);
+                    if ((block & 255) == 0) nested = p.nested[block >> 8];
+                    add_unit(one);
+                    if ((one + 1) % STAGE_UNITS == 0 || one + 1 == at.stop) next_stage();
                 }
             }
             __syncwarp();
@@ -374,8 +414,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_linear(const __g
             if (parts.y == 1) write(p, sums, row_group, lane);
             else leave(p, sums, row_group, blockIdx.x - parts.x, parts.y, lane);
         }
-        step += at.stop - at.k;
-        at = segment_at(p, step, end);
+        at = segment_of(p, at.row_block + 1, 0, end);
         row_group = row_group_of(at);
         if (row_group < p.row_groups) group = p.groups[row_group];
     }

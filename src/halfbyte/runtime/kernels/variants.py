@@ -3,7 +3,8 @@
 Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
 256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has
 65,536 of them in four equal parts: 16 warps may have 128 registers a thread, 12 may have 168. A number of warps that four does
-not divide leaves one quarter with less to do: its warps are done early, and the others late.
+not divide leaves one quarter with less to do: its warps are done early, and the others late. What a block leaves of the registers is
+room for a small kernel: then a launch behind one begins to fetch its weights while that one still runs.
 
 The split of a weight is the same for 1 to 16 rows of x: it decides the order of additions, and a row of x must give the same bits in
 any batch. So the number of warps may depend on the weight and on the device, not on the rows.
@@ -21,6 +22,10 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most
 MOST_ROWS = 32
+#: transformers' names of the activations that the kernel knows, and its numbers for them
+ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
+#: registers a thread for 1, 2 and 4 groups of rows: the loop has what it needs, and a small kernel has room beside a block
+REGISTERS = {1: 104, 2: 112, 4: 168}
 #: steps of a block that are few
 FEW_STEPS = 16
 #: warps of a block, at most: with 128 registers a thread, and with 168
@@ -59,6 +64,8 @@ class Variant:
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
     ahead         with early: stages asked for meanwhile
+    activation    0, or one of ACTIVATIONS: x is act(gate) * up
+    registers     a thread, at most
     """
 
     warps: int = MOST_WARPS
@@ -72,6 +79,8 @@ class Variant:
     subs: int = 1
     early: bool = False
     ahead: int = 1
+    registers: int = 128
+    activation: int = 0
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -117,7 +126,7 @@ def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blo
     steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
     variant = Variant(
         warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if groups < 4 and steps >= FEW_STEPS else 2,
-        early=device.capability >= (9, 0),
+        early=device.capability >= (9, 0), registers=REGISTERS[groups],
     )  # fmt: skip
     return fitting(variant, rows, device)
 
