@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def as_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks import one another by their names."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "runtime"))
 
 
 def test_a_checkpoint_of_random_bytes_is_what_verify_transformers_and_halfbyte_load_take(tmp_path):

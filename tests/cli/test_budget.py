@@ -29,7 +29,7 @@ def test_measure_then_plan_by_a_budget(run: Run, tiny_gemma4: Path, tmp_path: Pa
     how = ("--device", "cpu", "--protocol", "kld[assistant,given]")
     measured = run("sensitivity", tiny_gemma4, tmp_path / "costs", "--data", chats, *how)
     assert measured.code == 0
-    assert "24 groups, " in measured.out
+    assert "24 groups by rtn, " in measured.out
     assert "all at once" in measured.out
     assert f"--sensitivity {tmp_path / 'costs'}" in measured.out
     options = ("--budget", "9.4bpw", "--sensitivity", tmp_path / "costs")

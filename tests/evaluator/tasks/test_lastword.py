@@ -18,7 +18,7 @@ from halfbyte.evaluator.tasks.lastword import read_lastword
 from halfbyte.evaluator.tasks.opening import open_tasks
 
 SCHEMA = Path(halfbyte.__file__).parent / "evaluator" / "job" / "evaluate.schema.json"
-LAST_WORDS = Path(__file__).parents[3] / "benchmarks" / "last_words.py"
+LAST_WORDS = Path(__file__).parents[3] / "benchmarks" / "evaluation" / "last_words.py"
 
 pytestmark = pytest.mark.usefixtures("one_thread_for_all")
 

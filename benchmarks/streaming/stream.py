@@ -5,7 +5,7 @@ generated on the fly), quantizes it in a process of its own, and reports seconds
 projected for the whole model: measured seconds x (31B bytes / bytes here). With --stock, stock transformers does the same
 job on the same files (load with quantization_config, save_pretrained) in a process of its own, beside it.
 
-    uv run python benchmarks/stream.py --layers 2 --folder /tmp/stream [--device cuda] [--stock] [--repeats 3]
+    uv run python benchmarks/streaming/stream.py --layers 2 --folder /tmp/stream [--device cuda] [--stock] [--repeats 3]
 
 Last line: one JSON object. The ceiling printed is a plain copy of the same files (read + write), same machine, same run.
 """

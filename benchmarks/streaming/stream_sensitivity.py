@@ -1,7 +1,7 @@
 """How long does `halfbyte sensitivity` take on a 31B, and in how much memory? Random weights in its shapes, a few of its layers.
 
-    python benchmarks/stream_sensitivity.py --layers 6 --tokens 1024 --device cuda                        float32, as the command's default
-    python benchmarks/stream_sensitivity.py --layers 2 --tokens 64 --window 32 --hidden 512 --vocabulary 4096      a CPU, seconds
+    python benchmarks/streaming/stream_sensitivity.py --layers 6 --tokens 1024 --device cuda                        float32, as the command's default
+    python benchmarks/streaming/stream_sensitivity.py --layers 2 --tokens 64 --window 32 --hidden 512 --vocabulary 4096      a CPU, seconds
 
 Every group of every layer in NF4-64 and NF4-32, as the command does (skeleton and weights as in stream_scoring.py), once without any
 variant and once with all. A variant that begins at layer k is run through the layers from k on, so L layers of g groups take

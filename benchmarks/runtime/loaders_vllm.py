@@ -1,6 +1,6 @@
 """Does vLLM with vllm-bnb-plugin see an NF4 checkpoint's weights as the file has them, and answer as exact weights would?
 
-    python benchmarks/loaders_vllm.py CHECKPOINT          in an environment with vLLM for CPUs, the plug-in and halfbyte; a minute
+    python benchmarks/runtime/loaders_vllm.py CHECKPOINT          in an environment with vLLM for CPUs, the plug-in and halfbyte; a minute
 
 The plug-in expands the 8-bit scales once while loading (float32) and stacks q, k, v and gate, up as parts of one parameter, each with a
 bitsandbytes QuantState of its own. So this asks the loaded engine for every part, expands it by bitsandbytes, and compares with the codec's

@@ -1,7 +1,7 @@
 """Are our NLL and KLD right? The same tokens through a Llama written out by hand in float64.
 
-    python benchmarks/against_fp64.py                       a minute on two cores
-    python benchmarks/against_fp64.py --windows 4 --length 512
+    python benchmarks/evaluation/against_fp64.py                       a minute on two cores
+    python benchmarks/evaluation/against_fp64.py --windows 4 --length 512
 
 SmolLM2-135M-Instruct (a GGUF in Q4_1), its NF4 and its q4_0. Nothing on the other side is ours:
 

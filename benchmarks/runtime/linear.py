@@ -1,8 +1,8 @@
 """How fast is y = x W^T with an NF4 weight, against bitsandbytes, bf16 and the memory's speed?
 
-    python benchmarks/linear.py --quick                          Gemma 4 31B's linears, the default variants, under 3 minutes
-    python benchmarks/linear.py --tune --shapes gate_up,down     many variants of the kernel, M = 1, 8, 16
-    python benchmarks/linear.py --rows 1,4 --shapes o --seconds 60
+    python benchmarks/runtime/linear.py --quick                          Gemma 4 31B's linears, the default variants, under 3 minutes
+    python benchmarks/runtime/linear.py --tune --shapes gate_up,down     many variants of the kernel, M = 1, 8, 16
+    python benchmarks/runtime/linear.py --rows 1,4 --shapes o --seconds 60
 
 Needs a GPU. Weights are random; of each there are so many copies that one does not stay in the L2 cache until its next turn. Calls
 are captured in a CUDA graph, each with the next copy, and the graph is replayed: the time of a call is that of a replay over its calls;
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from runtime.stored_weights import dense, drawn
 
 from halfbyte.runtime.kernels import build, driver, launch, variants

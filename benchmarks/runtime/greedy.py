@@ -1,8 +1,8 @@
 """Does our decode loop give the tokens of stock transformers and bitsandbytes, greedily?
 
-    python benchmarks/greedy.py CHECKPOINT --prompts prompts.jsonl --results greedy.jsonl      a GPU; 20 prompts of 256 tokens: 2 to 5 minutes
+    python benchmarks/runtime/greedy.py CHECKPOINT --prompts prompts.jsonl --results greedy.jsonl      a GPU; 20 prompts of 256 tokens: 2 to 5 minutes
     the same again                                                                             goes on where it was cut off
-    python benchmarks/greedy.py SRC.gguf --prompts prompts.jsonl --limit 2 --max-new-tokens 8 --device cpu
+    python benchmarks/runtime/greedy.py SRC.gguf --prompts prompts.jsonl --limit 2 --max-new-tokens 8 --device cpu
 
 CHECKPOINT is one in NF4, or a source that is quantized first. Each prompt (a line {"prompt"}) goes through the chat template and is answered three
 times: by ours (`halfbyte.load`, `halfbyte.runtime.decode`), by ours with 7 drafts a step from prompt lookup, and by stock `generate` (bitsandbytes'

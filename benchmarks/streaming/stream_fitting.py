@@ -1,11 +1,11 @@
 """How long does calibrated NF4 take on a 31B's shapes when it is streamed a layer at a time, and in how much memory?
 
-    python benchmarks/stream_fitting.py --device cuda --dtype bfloat16                   2 layers: one sliding, one full; under two minutes
-    python benchmarks/stream_fitting.py --layers 2 --tokens 256 --window 128 --hidden 512 two cores, seconds
+    python benchmarks/streaming/stream_fitting.py --device cuda --dtype bfloat16                   2 layers: one sliding, one full; under two minutes
+    python benchmarks/streaming/stream_fitting.py --layers 2 --tokens 256 --window 128 --hidden 512 two cores, seconds
 
 The walk of `halfbyte quantize --method gptq` (halfbyte.layers.fitting.layerwise) over random weights in Gemma 4 31B's shapes and random rows. Random inputs
 have Hessians that are nearly diagonal: the work is the same, the gain is not, so none is printed. Each linear is fitted and dropped; what
-writing adds is in benchmarks/stream.py. Projected: 50 times the mean sliding layer, 10 times the full one, and what comes before them.
+writing adds is in benchmarks/streaming/stream.py. Projected: 50 times the mean sliding layer, 10 times the full one, and what comes before them.
 The last line is one JSON object.
 """
 

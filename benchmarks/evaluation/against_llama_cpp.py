@@ -1,7 +1,7 @@
 """The same tokens through llama.cpp: does another engine find the perplexity and the KLD that we find?
 
-    uv run --with cyllama==0.2.18 python benchmarks/against_llama_cpp.py           some minutes on two cores
-    uv run --with cyllama==0.2.18 python benchmarks/against_llama_cpp.py --windows 2
+    uv run --with cyllama==0.2.18 python benchmarks/evaluation/against_llama_cpp.py           some minutes on two cores
+    uv run --with cyllama==0.2.18 python benchmarks/evaluation/against_llama_cpp.py --windows 2
 
 cyllama (PyPI) carries a prebuilt llama.cpp for the CPU and thin bindings of its C interface; it is no dependency of this project.
 (llama-cpp-python is a source package; llama-cpp-py-sync is prebuilt too, and wants glibc 2.38.) Taken of llama.cpp are the

@@ -15,7 +15,7 @@ Each line also carries its whole paragraph as `source`, which no model sees: by 
 calibrated on. The catch: items of one paragraph share no word of text but their topic, so they are less than independent; names say article,
 paragraph and sentence (`3.14.2`) for whoever wants to resample by them. Most words are `new`, and nobody can guess many of those.
 
-    python benchmarks/last_words.py wiki.test.raw last_words.jsonl
+    python benchmarks/evaluation/last_words.py wiki.test.raw last_words.jsonl
 """
 
 from __future__ import annotations

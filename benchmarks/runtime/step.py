@@ -1,7 +1,7 @@
 """What does one step of the decode loop cost, where does it go, and what does a prompt cost?
 
-    python benchmarks/step.py --shape 31b              about 3 minutes on an H200 with its build (benchmarks/decode.py)
-    python benchmarks/step.py --tiny --shape e4b       proves on a CPU that this script runs; its figures mean nothing
+    python benchmarks/runtime/step.py --shape 31b              about 3 minutes on an H200 with its build (benchmarks/runtime/decode.py)
+    python benchmarks/runtime/step.py --tiny --shape e4b       proves on a CPU that this script runs; its figures mean nothing
 
 A step is timed alone: texts of the given length are set down without their keys (zeros cost what keys cost), the step is recorded, and
 replays are timed; median and range. T is the number of new tokens a row: 1 is plain decoding, 8 verifies 7 drafts. The ceiling of a
