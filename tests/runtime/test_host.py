@@ -100,7 +100,7 @@ def launched(weight: Tensors, x: torch.Tensor, variant: Variant, split: Partitio
     counters, table = torch.zeros(row_groups, dtype=torch.int32), levels.pair_table()
     arguments = launch._LinearArguments(
         **weight.pointers(), table=table.ctypes.data, x=x.data_ptr(), y=y.data_ptr(), partial=partial.data_ptr(),
-        counters=counters.data_ptr(), cuts=split.cuts.ctypes.data, parts=split.parts.ctypes.data, m=m, n=weight.rows,
+        counters=counters.data_ptr(), cuts=launch._split(split, torch.device("cpu"))[0], parts=split.parts.ctypes.data, m=m, n=weight.rows,
         row_groups=row_groups, k_blocks=weight.k_blocks, row_blocks=split.row_blocks, maps_count=weight.maps.shape[0],
         most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip

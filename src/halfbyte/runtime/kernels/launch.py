@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 from halfbyte.codec import nf4_levels
 from halfbyte.errors import UsageError
 from halfbyte.runtime.kernels import driver, levels, variants
-from halfbyte.runtime.kernels.partition import Partition
+from halfbyte.runtime.kernels.partition import MOST_BLOCKS, Partition
 from halfbyte.runtime.kernels.tensors import POINTERS, Tensors
 from halfbyte.runtime.kernels.variants import Variant
 
@@ -28,10 +29,11 @@ class _LinearArguments(ctypes.Structure):
     """`Params` of nf4_linear.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "cuts", "parts")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "table", "x", "y", "partial", "counters", "parts")),
         *((name, ctypes.c_uint32) for name in ("m", "n", "row_groups", "k_blocks", "row_blocks")),
         *((name, ctypes.c_uint32) for name in ("maps_count", "most_parts", "reserved")),
         ("unit", ctypes.c_float),
+        ("cuts", ctypes.c_uint32 * (MOST_BLOCKS + 1)),
     ]
 
 
@@ -98,10 +100,10 @@ def partition_of(variant: Variant, row_groups: int, k_blocks: int, device: varia
 
 
 @cache
-def _split(partition: Partition, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its cuts and parts on the device."""
-    cuts, parts = (torch.from_numpy(array.view(np.int32)).to(device) for array in (partition.cuts, partition.parts))
-    return cuts, parts
+def _split(partition: Partition, device: torch.device) -> tuple[Any, torch.Tensor]:
+    """Its cuts as the kernel's argument, its parts on the device."""
+    cuts = (ctypes.c_uint32 * (MOST_BLOCKS + 1))(*partition.cuts.tolist())
+    return cuts, torch.from_numpy(partition.parts.view(np.int32)).to(device)
 
 
 def linear(
@@ -136,7 +138,7 @@ def linear(
     y = torch.empty(m, weight.rows, dtype=torch.bfloat16, device=x.device) if out is None else out
     arguments = _LinearArguments(
         **weight.pointers(), table=_small_tables(x.device)[0].data_ptr(), x=x.data_ptr(), y=y.data_ptr(),
-        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), cuts=cuts.data_ptr(), parts=parts.data_ptr(),
+        partial=space.partial.data_ptr(), counters=space.counters.data_ptr(), cuts=cuts, parts=parts.data_ptr(),
         m=m, n=weight.rows, row_groups=row_groups, k_blocks=k_blocks, row_blocks=partition.row_blocks,
         maps_count=weight.maps.shape[0], most_parts=most_parts, reserved=0, unit=levels.UNIT,
     )  # fmt: skip

@@ -65,6 +65,7 @@
 #ifndef ACTIVATION
 #define ACTIVATION 0   // 1: x is act(gate) * up, of gate and up side by side; gelu by tanh. 2: silu. 3: gelu by erf
 #endif
+#define MOST_BLOCKS 192  // in a grid
 #define MAPS 4         // parts stacked in one weight, at most
 
 struct Params {
@@ -78,10 +79,10 @@ struct Params {
     u16* y;               // [m][n]
     float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
     u32* counters;        // [row groups], zero before and after
-    const u32* cuts;      // [blocks + 1]: block b has steps cuts[b] .. cuts[b + 1] - 1
     const uint2* parts;   // [row blocks]: the first block that has some of it, how many have
     u32 m, n, row_groups, k_blocks, row_blocks, maps_count, most_parts, reserved;
     float unit;
+    u32 cuts[MOST_BLOCKS + 1];  // block b has steps cuts[b] .. cuts[b + 1] - 1; an argument, since everything waits for it
 };
 
 static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && AHEAD <= DEPTH && X_STAGES >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
@@ -119,64 +120,7 @@ __device__ __forceinline__ Segment segment_of(const Params& p, u32 row_block, u3
 
 typedef float Sums[ROW_TILES][GROUPS][4];
 
-__device__ __forceinline__ void write(const Params& p, const Sums& sums, u32 row_group, u32 lane) {
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-        for (int q = 0; q < GROUPS; q++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const u32 row = (row_group * ROW_TILES + i) * 16 + (lane >> 2) + 8 * (c >> 1);
-                const u32 column = 8 * q + 2 * (lane & 3) + (c & 1);
-                if (column < p.m) p.y[(u64)column * p.n + row] = to_bf16(sums[i][q][c] * p.unit);
-            }
-}
-
-#define PART (ROW_TILES * GROUPS * 32)  // float4s of a part
-
-// Leaves a warp's part of a row group, number `mine` of `parts` in the order of K; the last of them to arrive adds all up and
-// writes the result.
-__device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row_group, u32 mine, u32 parts, u32 lane) {
-    const bool useful = 2 * (lane & 3) < p.m;
-    float4* const first = reinterpret_cast<float4*>(p.partial) + (u64)row_group * p.most_parts * PART + lane;
-#pragma unroll
-    for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-        const float(&v)[4] = sums[i / GROUPS][i % GROUPS];
-        if (useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m)) __stcg(first + mine * PART + i * 32, make_float4(v[0], v[1], v[2], v[3]));
-    }
-    __syncwarp();
-    u32 before = lane == 0 ? arrive(p.counters + row_group) : 0;
-    before = __shfl_sync(~0u, before, 0);
-    if (before + 1 != parts) return;
-    if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
-    acquire();
-
-    constexpr int BATCH = ROW_TILES * GROUPS <= 2 ? 12 : ROW_TILES * GROUPS <= 4 ? 6 : 3;  // parts on their way at a time
-    Sums whole = {};
-    const float4* from = first;
-#pragma unroll 1
-    for (u32 done = 0; done < parts; done += BATCH, from += BATCH * PART) {
-        float4 v[BATCH][ROW_TILES * GROUPS];
-#pragma unroll
-        for (int e = 0; e < BATCH; e++)
-#pragma unroll
-            for (int i = 0; i < ROW_TILES * GROUPS; i++) {
-                v[e][i] = make_float4(0, 0, 0, 0);
-                if (done + e < parts && useful && (i % GROUPS == 0 || 8 * (i % GROUPS) + 2 * (lane & 3) < p.m))
-                    v[e][i] = __ldcg(from + e * PART + i * 32);
-            }
-#pragma unroll
-        for (int e = 0; e < BATCH; e++)
-#pragma unroll
-            for (int i = 0; i < ROW_TILES * GROUPS; i++) {  // adding the zero of a part that is not there changes no bit
-                whole[i / GROUPS][i % GROUPS][0] += v[e][i].x;
-                whole[i / GROUPS][i % GROUPS][1] += v[e][i].y;
-                whole[i / GROUPS][i % GROUPS][2] += v[e][i].z;
-                whole[i / GROUPS][i % GROUPS][3] += v[e][i].w;
-            }
-    }
-    write(p, whole, row_group, lane);
-}
+#include "parts.cuh"
 
 // Fetches a chunk of x: blocks k .. k + CHUNK - 1 of all rows, those that there are. 32 lanes arrive at `full` when it is there.
 __device__ __forceinline__ void fetch(const Params& p, u32 k, u32 to, u32 full, u32 lane) {
@@ -360,6 +304,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) nf4_linear(const __grid_consta
         const u32 map = shared + MAP_AT + 1024 * group.z;
         float nested = 0;  // 256 scales share one
         if (active) nested = p.nested[block >> 8];
+        const uint2 parts = p.parts[at.row_block];  // wanted in the end only, when nothing would hide its way
         Sums sums = {};
         auto add_unit = [&](u32 k) {  // block k of this row group, where it lies in the ring and in the chunk of x
             const u32 unit = ring + stage * STAGE_BYTES, here = k % STAGE_UNITS;
@@ -410,7 +355,6 @@ extern "C" __global__ void __maxnreg__(REGISTERS) nf4_linear(const __grid_consta
             if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
         }
         if (active) {
-            const uint2 parts = p.parts[at.row_block];
             if (parts.y == 1) write(p, sums, row_group, lane);
             else leave(p, sums, row_group, blockIdx.x - parts.x, parts.y, lane);
         }

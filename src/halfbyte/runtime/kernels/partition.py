@@ -20,6 +20,9 @@ import numpy as np
 
 from halfbyte.errors import UsageError
 
+#: blocks of a grid, at most: their cuts travel with the launch
+MOST_BLOCKS = 192
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -33,7 +36,9 @@ class Partition:
     @classmethod
     def over(cls, row_groups: int, k_blocks: int, warps: int, multiprocessors: int) -> Partition:
         """One block a multiprocessor, or fewer: each has a step's work at least."""
-        return cls(row_groups, k_blocks, warps, max(1, min(multiprocessors, row_groups * k_blocks // warps)))
+        return cls(
+            row_groups, k_blocks, warps, max(1, min(multiprocessors, MOST_BLOCKS, row_groups * k_blocks // warps))
+        )
 
     @property
     def row_blocks(self) -> int:
