@@ -172,8 +172,10 @@ def test_on_a_gpu_attention_of_the_31b_is_right_to_bf16(kv_heads, d, slots, wind
     assert float((found - truth).norm() / truth.norm()) < 5e-3
 
 
-def compiled(function, pointers: dict[str, str], constants: dict[str, object], floats: tuple[str, ...] = (), **options):
-    """The kernel for sm_90, with every argument that is neither as int32."""
+def compiled(
+    function, pointers: dict[str, str], constants: dict[str, object], floats: tuple[str, ...] = (), turns=1, **options
+):
+    """The kernel for sm_90, with every argument that is neither as int32; it takes its turn in so many places."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -185,7 +187,7 @@ def compiled(function, pointers: dict[str, str], constants: dict[str, object], f
         warnings.simplefilter("ignore")  # Triton 3.9 announces another default for contraction
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
         kernel = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert kernel.asm["ptx"].count("griddepcontrol") == 2
+    assert kernel.asm["ptx"].count("griddepcontrol") == 2 * turns
     return kernel
 
 
@@ -213,13 +215,15 @@ def test_the_other_kernels_compile_for_a_gpu():
     constants = {
         "heads": 32, "kv_heads": 16, "d": 256, "half": 128, "late": False, "q_kind": 2, "k_kind": 2, "v_kind": 1,
     }  # fmt: skip
-    assert compiled(rotary._rotate, places, constants, ("eps",))
+    assert compiled(rotary._rotate, places, constants, ("eps",), turns=2)
     constants = {
         "has_y": True, "has_post": True, "post_scaled": True, "post_late": False, "scaled": True, "has_next": True,
         "next_scaled": True, "next_late": True, "block": 8192,
     }  # fmt: skip
     pointers = bf16("x", "y", "out", "h", post="*fp32", following="*fp32")
-    assert compiled(norm._add_norm, pointers, constants, ("scalar", "post_eps", "next_eps"), num_warps=16)
+    kernel = compiled(norm._add_norm, pointers, constants, ("scalar", "post_eps", "next_eps"), num_warps=16)
+    before, after = kernel.asm["ptx"].split("griddepcontrol.wait")  # two weights; x and y
+    assert before.count("ld.global") == after.count("ld.global") > 0
     assert compiled(gate._gated, bf16("gate", "up", "out"), {"which": 0, "block": 1024})
     buffers = dict.fromkeys(("fed", "chosen", "history", "length", "limit", "counted", "stops"), "*i64") | {
         "done": "*i1"

@@ -96,13 +96,21 @@ def _weight(norm: Norm | None, otherwise: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def unit(v, weight, at, mask, width, eps, scaled: tl.constexpr, late: tl.constexpr, dtype: tl.constexpr):
+    def weights_of(norm, at, mask, scaled: tl.constexpr):
+        """A norm's weights, if it has any. Read before a kernel takes its turn: nobody writes them, and they come from far."""
+        weight = tl.full(at.shape, 1.0, dtype=tl.float32)
+        if scaled:
+            weight = tl.load(norm + at, mask=mask, other=0.0).to(tl.float32)
+        return weight
+
+    @triton.jit
+    def unit(v, weight, width, eps, scaled: tl.constexpr, late: tl.constexpr, dtype: tl.constexpr):
         """v / rms(v) * weight, rounded to dtype, as float32."""
         v = v * tl.rsqrt(tl.sum(v * v, axis=0) / width + eps)
         if scaled:
             if late:
                 v = v.to(dtype).to(tl.float32)
-            v = v * tl.load(weight + at, mask=mask, other=0.0)
+            v = v * weight
         return v.to(dtype).to(tl.float32)
 
     @triton.jit
@@ -111,20 +119,25 @@ if triton is not None:
         has_y: tl.constexpr, has_post: tl.constexpr, post_scaled: tl.constexpr, post_late: tl.constexpr, scaled: tl.constexpr,
         has_next: tl.constexpr, next_scaled: tl.constexpr, next_late: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
-        take_turn(early)
         dtype: tl.constexpr = x.dtype.element_ty
         at = tl.arange(0, block)
         mask = at < width
+        post_weight = weights_of(post, at, mask, post_scaled)
+        next_weight = weights_of(following, at, mask, next_scaled)
+        take_turn(early)
         here = tl.program_id(0).to(tl.int64) * width + at
         v = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
         if has_y:
             add = tl.load(y + here, mask=mask, other=0.0).to(tl.float32)
             if has_post:
-                add = unit(add, post, at, mask, width, post_eps, post_scaled, post_late, dtype)
+                add = unit(add, post_weight, width, post_eps, post_scaled, post_late, dtype)
             v = (v + add).to(dtype).to(tl.float32)
             if scaled:
                 v = (v * scalar).to(dtype).to(tl.float32)
             tl.store(out + here, v.to(dtype), mask=mask)
         if has_next:
-            v = unit(v, following, at, mask, width, next_eps, next_scaled, next_late, dtype)
+            v = unit(v, next_weight, width, next_eps, next_scaled, next_late, dtype)
             tl.store(h + here, v.to(dtype), mask=mask)
+
+else:
+    weights_of = None

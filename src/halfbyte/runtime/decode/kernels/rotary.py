@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.runtime.decode.kernels.norm import Norm, normed
+from halfbyte.runtime.decode.kernels.norm import Norm, normed, weights_of
 from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, power_of_two, take_turn
 
 try:
@@ -127,20 +127,34 @@ def rotate_kernel(
 if triton is not None:
 
     @triton.jit
-    def _halves(x, weight, at, mask, d, eps, kind: tl.constexpr, late: tl.constexpr, dtype: tl.constexpr):
-        """Both halves of a head as float32, normed and rounded."""
+    def _halves(x, at, mask, d):
+        """Both halves of a head, as float32."""
         first = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(x + d // 2 + at, mask=mask, other=0.0).to(tl.float32)
+        return first, tl.load(x + d // 2 + at, mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _weights(norm, at, mask, d, kind: tl.constexpr):
+        """Both halves of a norm's weights, if it has any; read before the kernel takes its turn."""
+        return weights_of(norm, at, mask, kind == 2), weights_of(norm + d // 2, at, mask, kind == 2)
+
+    @triton.jit
+    def _normed(first, second, w1, w2, d, eps, kind: tl.constexpr, late: tl.constexpr, dtype: tl.constexpr):
+        """Both halves of a head, normed and rounded."""
         if kind > 0:
             scale = tl.rsqrt((tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / d + eps)
             first, second = first * scale, second * scale
             if kind == 2:
                 if late:
                     first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-                first *= tl.load(weight + at, mask=mask, other=0.0)
-                second *= tl.load(weight + d // 2 + at, mask=mask, other=0.0)
+                first, second = first * w1, second * w2
             first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
         return first, second
+
+    @triton.jit
+    def _turn(a, b, cos, sin, dtype: tl.constexpr):
+        """The pair turned by its angle, each product rounded."""
+        left = ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype)
+        return left, ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype)
 
     @triton.jit
     def _rotate(
@@ -149,34 +163,40 @@ if triton is not None:
         heads: tl.constexpr, kv_heads: tl.constexpr, d: tl.constexpr, half: tl.constexpr, late: tl.constexpr,
         q_kind: tl.constexpr, k_kind: tl.constexpr, v_kind: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
-        take_turn(early)
         token = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1)
         dtype: tl.constexpr = q.dtype.element_ty
         at = tl.arange(0, half)
         mask = at < d // 2
-        cos = tl.load(cosines + token * (d // 2) + at, mask=mask, other=0.0).to(tl.float32)
-        sin = tl.load(sines + token * (d // 2) + at, mask=mask, other=0.0).to(tl.float32)
+        angle = token * (d // 2) + at
         if head < heads:
-            a, b = _halves(q + token * q_stride + head * d, q_weight, at, mask, d, eps, q_kind, late, dtype)
+            w1, w2 = _weights(q_weight, at, mask, d, q_kind)
+            take_turn(early)
+            cos = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+            a, b = _halves(q + token * q_stride + head * d, at, mask, d)
+            a, b = _normed(a, b, w1, w2, d, eps, q_kind, late, dtype)
+            left, right = _turn(a, b, cos, sin, dtype)
             to = out + (token * heads + head) * d + at
-            tl.store(to, ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype), mask=mask)
-            tl.store(
-                to + d // 2,
-                ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype),
-                mask=mask,
-            )
+            tl.store(to, left, mask=mask)
+            tl.store(to + d // 2, right, mask=mask)
         else:
+            w1, w2 = _weights(k_weight, at, mask, d, k_kind)
+            u1, u2 = _weights(v_weight, at, mask, d, v_kind)
+            take_turn(early)
             number = head - heads
             row = token // steps
+            cos = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+            a, b = _halves(k + token * k_stride + number * d, at, mask, d)
+            e, f = _halves(v + token * v_stride + number * d, at, mask, d)  # all reads before the first write
             slot = (tl.load(position + row).to(tl.int64) + token % steps) % slots
             place = ((row * kv_heads + number) * slots + slot) * d + at
-            a, b = _halves(k + token * k_stride + number * d, k_weight, at, mask, d, eps, k_kind, late, dtype)
+            a, b = _normed(a, b, w1, w2, d, eps, k_kind, late, dtype)
+            left, right = _turn(a, b, cos, sin, dtype)
+            e, f = _normed(e, f, u1, u2, d, eps, v_kind, late, dtype)
             stored: tl.constexpr = keys.dtype.element_ty
-            left = ((a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)).to(dtype)
-            right = ((b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)).to(dtype)
             tl.store(keys + place, left.to(stored), mask=mask)
             tl.store(keys + place + d // 2, right.to(stored), mask=mask)
-            a, b = _halves(v + token * v_stride + number * d, v_weight, at, mask, d, eps, v_kind, late, dtype)
-            tl.store(values + place, a.to(stored), mask=mask)
-            tl.store(values + place + d // 2, b.to(stored), mask=mask)
+            tl.store(values + place, e.to(stored), mask=mask)
+            tl.store(values + place + d // 2, f.to(stored), mask=mask)

@@ -1,7 +1,7 @@
 """Whether a tensor's work is done by a Triton kernel or by the torch reference, and how the kernels are launched.
 
-Launched early ("programmatic dependent launch", Hopper and newer), a kernel is set up while the one before it still runs, and waits in its
-first instruction for that one's results. Every kernel here first lets its successor be set up, then waits itself: so results are only
+Launched early ("programmatic dependent launch", Hopper and newer), a kernel is set up while the one before it still runs, and waits for
+that one's results before it touches what any kernel writes; a norm's weights, which none does, it reads before. Every kernel here lets its successor be set up, then waits itself: so results are only
 ever read when all kernels before have ended, and an NF4 kernel behind a norm can fetch its weights meanwhile. Worth 4 % of a step on an H200
 (docs/log.md); `launch_early(False)` turns it off.
 """
@@ -48,7 +48,7 @@ if triton is not None:
 
     @triton.jit
     def take_turn(early: tl.constexpr):
-        """First in every kernel: let the next one be set up, then wait for the one before."""
+        """In every kernel, before anything that a kernel writes is read: let the next one be set up, then wait for the one before."""
         if early:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
