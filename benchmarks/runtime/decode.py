@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ceiling import copy_rate
 from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
 from halfbyte.errors import HalfbyteError
@@ -91,25 +92,6 @@ class Bench:
             rows * (long - short) / (self.seconds(lambda: run(long)) - self.seconds(lambda: run(short)))
             for _ in range(self.repeats)
         ]
-
-
-def copy_rate(device: str, gigabytes: float) -> float:
-    """Bytes read and written a second by a copy on the device."""
-    source = torch.zeros(int(gigabytes * 1e9) // 4, dtype=torch.int32, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(10):
-        if device == "cpu":
-            start = time.perf_counter()
-            target.copy_(source)
-            times.append(time.perf_counter() - start)
-        else:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-            target.copy_(source)
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last) / 1e3)
-    return 2 * source.nbytes / statistics.median(times[2:])
 
 
 def by_generate(bench: Bench, rows: int, **settings: Any) -> list[float]:

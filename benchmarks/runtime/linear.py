@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ceiling import copy_rate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from runtime.stored_weights import dense, drawn
@@ -139,21 +140,6 @@ def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dic
             name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride} r{chosen.registers}"
             found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
     return found
-
-
-def copy_rate(gigabytes: float = 2.0) -> float:
-    """Bytes read and written a second by a device-to-device copy."""
-    source = torch.empty(int(gigabytes * 1e9) // 4, dtype=torch.int32, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * 4 * source.numel() / statistics.median(times[2:])
 
 
 def contests(options: argparse.Namespace, cache_bytes: int) -> Iterator[tuple[Contest, Weights, torch.Tensor]]:

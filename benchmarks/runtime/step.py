@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import Bench, copy_rate
+from ceiling import copy_rate
+from decode import Bench
 from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
 from halfbyte.runtime.decode.description import Description, NotDescribed, describe
