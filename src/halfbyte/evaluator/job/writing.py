@@ -4,6 +4,7 @@
     OUT/vectors/*.npz                   the vectors that every figure is made of
     OUT/answers/*.json                  every model's answers to every task
     CANDIDATE/halfbyte/evaluate.json    for a checkpoint that `halfbyte quantize` wrote: what its model card prints
+    CANDIDATE/halfbyte/evaluate-*.json  the same of earlier evaluations of these weights, less what was measured again
 
 The short record carries the digest of the weights it speaks of, and is refused here if the files are not those that the
 quantize record names. Figures without an interval stay out of it: a number travels with its uncertainty or not at all.
@@ -11,6 +12,7 @@ quantize record names. Figures without an interval stay out of it: a number trav
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.settings import OF_CHATS
 from halfbyte.layers.weights import Nf4Weights
-from halfbyte.records import digest, read_record, write_record
+from halfbyte.records import FOLDER, digest, read_record, write_record, write_text_atomic
 from halfbyte.texts.protocols import IMAGE
 
 NAME = "evaluate"
@@ -35,8 +37,51 @@ def write_card_records(body: Mapping[str, Any], bases: list[Base]) -> list[str]:
             found = own_checkpoint(entry)
             if found is not None:
                 folder, weights_digest = found
-                written.append(str(write_record(folder, NAME, _short(body, base, entry, weights_digest))))
+                short = _short(body, base, entry, weights_digest)
+                set_aside(folder, short)
+                written.append(str(write_record(folder, NAME, short)))
     return written
+
+
+def set_aside(folder: Path, new: Mapping[str, Any]) -> None:
+    """Keep what earlier records say of the same weights and `new` does not measure again, each under a name of its own.
+
+    The same figure of the same data is replaced: a card must not print two. A record of other weights says nothing any more and goes.
+    """
+    again = {_which(result) for result in new["results"]}
+    judged = {verdict["protocol"] for verdict in new["verdicts"]} | {
+        verdict["metric"] for verdict in new["task_verdicts"]
+    }
+    for path in sorted((folder / FOLDER).glob(f"{NAME}*.json")):
+        try:
+            old = read_record(folder, path.stem)
+        except SourceError:  # not readable: nothing to keep
+            continue
+        if old is None or "verdicts" not in old:
+            continue
+        if old.get("weights_digest") != new["weights_digest"]:
+            path.unlink()
+            continue
+        left = [result for result in old["results"] if _which(result) not in again]
+        if len(left) == len(old["results"]) and path.stem != NAME:
+            continue
+        if left:
+            kept = old | {
+                "results": left,
+                "verdicts": [verdict for verdict in old["verdicts"] if verdict["protocol"] not in judged],
+                "task_verdicts": [verdict for verdict in old["task_verdicts"] if verdict["metric"] not in judged],
+            }
+            name = f"{NAME}-{digest(kept).removeprefix('sha256:')[:8]}.json"
+            write_text_atomic(
+                path.with_name(name), json.dumps(kept | {"record": name[:-5]}, indent=1, ensure_ascii=False) + "\n"
+            )
+        if path.stem != NAME:
+            path.unlink()
+
+
+def _which(result: Mapping[str, Any]) -> tuple[str, str]:
+    """What a figure is of: two of the same cannot both stand."""
+    return result["metric"], result["dataset"]["sha256"]
 
 
 def own_checkpoint(entry: Entry) -> tuple[Path, str] | None:
