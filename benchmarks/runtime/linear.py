@@ -127,15 +127,15 @@ def contenders(weights: Weights, x: torch.Tensor, tried: tuple[Variant, ...]) ->
 def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dict[str, Variant]:
     """Those that fit this device, with the warps that suit the weight, under a short name; the first one also with other warps."""
     device, found = driver.device_of(0), {}
-    best = variants.choose_warps(row_groups, variants.MOST_WARPS)
+    best = variants.choose_warps(row_groups, variants.MOST_WARPS[1])
     counts = TUNED_WARPS if len(tried) > len(TRIED) else ()
     for variant in (*(replace(v, warps=best) for v in tried), *(replace(tried[0], warps=n) for n in counts if tried)):
-        if m > variants.MOST_ROWS:
+        if m > variants.rows_at_once(device):
             continue
-        chosen = replace(variant, groups=1 if m <= 8 else 2 if m <= 16 else 4)
-        if chosen.groups == 4:  # more registers a thread, so fewer warps
-            chosen = replace(chosen, registers=variants.REGISTERS[4])
-            chosen = replace(chosen, warps=variants.choose_warps(row_groups, variants.MOST_WIDE_WARPS))
+        chosen = replace(variant, groups=next(groups for groups in variants.MOST_WARPS if m <= 8 * groups))
+        if chosen.groups >= 4:  # more registers a thread, so fewer warps, and more of x
+            warps = variants.choose_warps(row_groups, variants.MOST_WARPS[chosen.groups])
+            chosen = replace(chosen, registers=variants.REGISTERS[chosen.groups], warps=warps, stage_units=2)
         if chosen.shared_bytes(m) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride} r{chosen.registers}"
             found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
@@ -220,7 +220,16 @@ def prebuild(options: argparse.Namespace) -> float:
             row_groups, k_blocks = sum(SHAPES[name][0]) // 32, SHAPES[name][1] // 64
             wanted |= set(fitting_variants(m, row_groups, TUNED if options.tune else TRIED).values())
             if m <= 64:
-                wanted.add(variants.default_variant(min(m, 32), 2, 1, row_groups, k_blocks, driver.device_of(0)))
+                wanted.add(
+                    variants.default_variant(
+                        min(m, variants.rows_at_once(driver.device_of(0))),
+                        2,
+                        1,
+                        row_groups,
+                        k_blocks,
+                        driver.device_of(0),
+                    )
+                )
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda variant: build.cubin("nf4_linear", arch, variant.defines), wanted))
     return time.perf_counter() - start

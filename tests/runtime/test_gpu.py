@@ -62,9 +62,9 @@ def error(y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:
     return float((y.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("m", [*range(1, 17), 17, 24, 32])
+@pytest.mark.parametrize("m", [*range(1, 17), 17, 24, 32, 33, 61, 64])
 @pytest.mark.parametrize("shape", SMALL + LARGE)
-def test_the_kernel_multiplies_for_1_to_32_rows(shape, m):
+def test_the_kernel_multiplies_for_1_to_64_rows(shape, m):
     weight, exact = weight_of(*shape)
     x = inputs(m, shape[1])
     assert error(run(x, weight, None), x, exact) < BOUND

@@ -47,6 +47,7 @@ CASES = [
     (Variant(warps=2, x_stages=3), (64, 64), 832, 7, 7),
     (Variant(warps=2, stage_units=2, depth=3), (64, 64), 1024, 3, 3),  # whole chunks at once
     (Variant(warps=2, groups=2), (96,), 1280, 11, 2),
+    (Variant(warps=2, groups=8, stage_units=2, x_stages=2), (64,), 576, 61, 3),
     (Variant(warps=1, subs=2, row_tiles=1), (48,), 1024, 6, 2),
 ]
 

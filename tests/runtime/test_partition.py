@@ -33,7 +33,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_batch_of_1_to_16_has_the_same_split_and_fits(shape, device):
     found = set()
-    for rows in range(1, 33):
+    for rows in range(1, variants.rows_at_once(device) + 1):
         variant = variants.default_variant(rows, 2, 1, shape[0] // 32, shape[1] // 64, device)
         assert variant.rows >= rows
         assert variant.shared_bytes(rows) <= device.shared_bytes
@@ -44,7 +44,7 @@ def test_every_batch_of_1_to_16_has_the_same_split_and_fits(shape, device):
 
 
 @pytest.mark.parametrize("row_groups", [168, 512, 1344, 120, 80, 18, 5, 1])
-@pytest.mark.parametrize("most", [variants.MOST_WARPS, variants.MOST_WIDE_WARPS])
+@pytest.mark.parametrize("most", variants.MOST_WARPS.values())
 def test_few_warps_idle(row_groups, most):
     warps = variants.choose_warps(row_groups, most)
     assert warps == row_groups or (warps % 2 == 0 and 3 * most // 4 - 1 <= warps <= most)

@@ -106,6 +106,11 @@ def _split(partition: Partition, device: torch.device) -> tuple[Any, torch.Tenso
     return cuts, torch.from_numpy(partition.parts.view(np.int32)).to(device)
 
 
+def rows_at_once(device: torch.device) -> int:
+    """Rows of x that one launch takes on this GPU."""
+    return variants.rows_at_once(driver.device_of(device.index or 0))
+
+
 def linear(
     x: torch.Tensor,
     weight: Tensors,

@@ -85,7 +85,7 @@ struct Params {
     u32 cuts[MOST_BLOCKS + 1];  // block b has steps cuts[b] .. cuts[b + 1] - 1; an argument, since everything waits for it
 };
 
-static_assert(GROUPS * ROW_TILES <= 8 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && AHEAD <= DEPTH && X_STAGES >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
+static_assert(GROUPS * ROW_TILES <= 16 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2 && AHEAD <= DEPTH && X_STAGES >= 2 && ALU_WORDS >= 0 && ALU_WORDS <= 4, "variant");
 
 // Addresses in shared memory. The block's own part begins at 0 or 1024, depending on the architecture; the table at exactly
 // TABLE_AT, so that this is an immediate of the load and the rest of an address comes out of one byte permute.

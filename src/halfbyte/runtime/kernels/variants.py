@@ -2,7 +2,7 @@
 
 Shared memory holds the table (64 or 32 KiB), the maps of scales, a ring of weights for each warp, and a few chunks of x: the chunks are
 256 columns wide whatever K is, so nothing here depends on the columns of a weight. Registers decide the rest. A multiprocessor has
-65,536 of them in four equal parts: 16 warps may have 128 registers a thread, 12 may have 168. A number of warps that four does
+65,536 of them in four equal parts: 16 warps may have 128 registers a thread, 12 may have 168, 8 may have 255. A number of warps that four does
 not divide leaves one quarter with less to do: its warps are done early, and the others late. What a block leaves of the registers is
 room for a small kernel: then a launch behind one begins to fetch its weights while that one still runs.
 
@@ -20,16 +20,16 @@ from halfbyte.errors import UsageError
 
 #: rows of x that share one split of the weight, hence their bits
 SHARED_ROWS = 16
-#: rows of x that one launch takes at most
-MOST_ROWS = 32
+#: rows of x that one launch takes at most, and where shared memory is small
+MOST_ROWS, FEWER_ROWS = 64, 32
 #: transformers' names of the activations that the kernel knows, and its numbers for them
 ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
-#: registers a thread for 1, 2 and 4 groups of rows: the loop has what it needs, and a small kernel has room beside a block
-REGISTERS = {1: 104, 2: 112, 4: 168}
+#: registers a thread for as many groups: the loop has what it needs, and a small kernel has room beside a block
+REGISTERS = {1: 104, 2: 112, 4: 168, 8: 255}
 #: steps of a block that are few
 FEW_STEPS = 16
-#: warps of a block, at most: with 128 registers a thread, and with 168
-MOST_WARPS, MOST_WIDE_WARPS = 16, 12
+#: warps of a block, at most, for 1, 2, 4 and 8 groups of rows
+MOST_WARPS = {1: 16, 2: 16, 4: 12, 8: 8}
 
 _TABLE_AT, _MAPS, _X_ROW = 2048, 4096, 512
 
@@ -68,7 +68,7 @@ class Variant:
     registers     a thread, at most
     """
 
-    warps: int = MOST_WARPS
+    warps: int = 16
     row_tiles: int = 2
     groups: int = 1
     stage_units: int = 4
@@ -121,14 +121,19 @@ def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blo
 
     A block that has few steps to do asks for its weights in smaller pieces: the first product is earlier, the last piece fuller.
     """
-    groups = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    warps = choose_warps(row_groups, MOST_WARPS if groups < 4 else MOST_WIDE_WARPS)
+    groups = next(groups for groups in MOST_WARPS if rows <= 8 * groups)
+    warps = choose_warps(row_groups, MOST_WARPS[groups])
     steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
     variant = Variant(
         warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if groups < 4 and steps >= FEW_STEPS else 2,
         early=device.capability >= (9, 0), registers=REGISTERS[groups],
     )  # fmt: skip
     return fitting(variant, rows, device)
+
+
+def rows_at_once(device: Device) -> int:
+    """Rows of x that a launch takes on this device: x is kept in shared memory a few chunks at a time."""
+    return MOST_ROWS if device.shared_bytes > 200_000 else FEWER_ROWS
 
 
 def fitting(variant: Variant, rows: int, device: Device) -> Variant:

@@ -1,7 +1,7 @@
 """torch.ops.halfbyte.nf4_linear: y = x W^T, by whichever path is right for the batch and the device.
 
     CUDA, bf16                        what the weight's table says for so many rows of x (halfbyte.runtime.linear.table):
-                                      the kernel, 32 rows at a time (halfbyte.runtime.kernels), or
+                                      the kernel, 64 rows at a time (halfbyte.runtime.kernels), or
                                       the weight expanded into one reused buffer, then cuBLAS
     CUDA, otherwise, 1 to 16 rows     a Triton kernel (halfbyte.runtime.linear.portable)
     anything else                     halfbyte.runtime.linear.reference
@@ -106,7 +106,8 @@ def _by_kernel(flat: torch.Tensor, weight: Tensors, path: str) -> torch.Tensor:
         y = flat.new_empty(0, weight.rows)
     elif path == "kernel":
         y = flat.new_empty(rows, weight.rows)
-        for piece, place in zip(flat.split(32), y.split(32), strict=True):
+        most = launch.rows_at_once(flat.device)
+        for piece, place in zip(flat.split(most), y.split(most), strict=True):
             launch.linear(piece, weight, out=place)
     else:
         expanded = buffer(flat.device, weight.rows * weight.columns).view(weight.rows, weight.columns)

@@ -2,7 +2,7 @@
 
     "16:kernel 64:kernel expand"        up to 16 rows the kernel, up to 64 the kernel, beyond that expand and cuBLAS
 
-    kernel   CUDA C++ (halfbyte.runtime.kernels), 32 rows of x a launch
+    kernel   CUDA C++ (halfbyte.runtime.kernels), up to 64 rows of x a launch
     triton   the portable kernel, 16 rows at most; more rows are expanded
     expand   the weight in bf16 in one reused buffer, then cuBLAS
 

@@ -33,7 +33,7 @@ from halfbyte.runtime.loading.report import THEIRS
 
 CALLS, REPLAYS = 8, 5
 MOST_COPIES = 6
-#: rows beyond which the kernel is not tried: each 32 read the weight again
+#: rows beyond which the kernel is not tried: each 64 (32 on a smaller GPU) read the weight again
 MOST_KERNEL_ROWS = 64
 #: relative difference from bitsandbytes' result (both have about 2e-3 of rounding)
 WRONG = 2e-2
@@ -114,7 +114,7 @@ def compile_ahead(ours: Nf4Linear) -> None:
     device, row_groups = driver.device_of(ours.tiles.device.index or 0), weight.groups.shape[0]
     wanted = {
         variants.default_variant(
-            min(m, variants.MOST_ROWS), weight.row_tiles, weight.subs, row_groups, weight.k_blocks, device
+            min(m, variants.rows_at_once(device)), weight.row_tiles, weight.subs, row_groups, weight.k_blocks, device
         )
         for m in ROWS
         if m <= MOST_KERNEL_ROWS
