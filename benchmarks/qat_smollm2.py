@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import halfbyte
 from halfbyte.demo.smollm2 import smollm2_gguf
-from halfbyte.errors import HalfbyteError, SourceError
+from halfbyte.errors import SourceError, run_script
 from halfbyte.layers.weights import open_weights
 from halfbyte.records import versions, write_text_atomic
 from halfbyte.texts.protocols import load_tokenizer
@@ -148,8 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 from wikitext_windows import add_options, inputs, sha256, window_rows
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import run_script
 from halfbyte.evaluator.scoring.scorer import Scores, score
 from halfbyte.layers.rows import Rows
 from halfbyte.layers.weights import open_weights
@@ -179,8 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

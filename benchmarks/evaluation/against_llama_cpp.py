@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 from wikitext_windows import add_options, inputs, sha256, window_rows
 
-from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.errors import UsageError, run_script
 from halfbyte.evaluator.scoring.scorer import score
 from halfbyte.format.gguf_header import read_gguf_header
 from halfbyte.format.gguf_model import draw_picture
@@ -205,8 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ from wikitext_windows import sha256
 
 import halfbyte
 from halfbyte.demo.smollm2 import smollm2_gguf
-from halfbyte.errors import HalfbyteError, SourceError
+from halfbyte.errors import SourceError, run_script
 from halfbyte.evaluator.scoring.scorer import keep_reference, score_against
 from halfbyte.evaluator.statistics import Cell, bootstrap_documents, difference, mean
 from halfbyte.layers.weights import open_weights, round_to_nf4
@@ -289,8 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from wikitext_windows import inputs, sha256
 import halfbyte
 from halfbyte.cards.report import report
 from halfbyte.cards.report.words import figure_of, interval, percent, short_name
-from halfbyte.errors import HalfbyteError, OutputError
+from halfbyte.errors import OutputError, run_script
 from halfbyte.layers.weights import open_weights
 
 SOUND = ("kld[assistant,on-policy]", "ppl[assistant-frame]")
@@ -187,8 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 
 import halfbyte
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import run_script
 from halfbyte.format.checkpoint import read_config
 from halfbyte.records import versions
 from halfbyte.runtime.decode.loop import Decoder
@@ -206,8 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from runtime.stored_weights import dense
 
 import halfbyte
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import run_script
 from halfbyte.format.checkpoint import read_config
 from halfbyte.format.shards import hash_file
 from halfbyte.records import digest, versions
@@ -362,8 +362,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HalfbyteError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -18,6 +18,9 @@ An `assert` in this code base is for our own bugs only.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class HalfbyteError(Exception):
     """Root of the tree.
@@ -84,3 +87,14 @@ class CheckFailed(HalfbyteError):
     """The work ran, and a check says no."""
 
     exit_code = 1
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call a script's `main`; a user's mistake is printed to stderr and ends the process with its exit code."""
+    try:
+        code = main()
+    except HalfbyteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if code:
+        sys.exit(code)

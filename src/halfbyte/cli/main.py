@@ -11,7 +11,7 @@ import sys
 import typer
 
 from halfbyte.cli import card, demo, evaluate, generate, lm_eval, plan, push, qat, quantize, sensitivity, verify
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import run_script
 
 #: in the order of the help
 MODULES = (plan, quantize, verify, generate, evaluate, lm_eval, card, push, qat, sensitivity, demo)
@@ -50,10 +50,7 @@ for module in MODULES:
 def main() -> None:
     """Entry point of the `halfbyte` script."""
     try:
-        app()
-    except HalfbyteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        run_script(app)
     except KeyboardInterrupt:
         print("interrupted: nothing half-written is left under a final name; run it again to continue", file=sys.stderr)
         sys.exit(130)
