@@ -111,8 +111,13 @@ def write_record(folder: Path, name: str, body: Mapping[str, Any]) -> Path:
     }
     clash = stamped.keys() & body.keys()
     assert not clash, f"record {name} sets reserved keys {clash}"
-    path = folder / FOLDER / f"{name}.json"
-    write_text_atomic(path, json.dumps({**stamped, **body}, indent=1, ensure_ascii=False) + "\n")
+    return put_record(folder, {**stamped, **body})
+
+
+def put_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Write a record that has its stamp, under the name it bears; returns its path."""
+    path = folder / FOLDER / f"{record['record']}.json"
+    write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -12,8 +12,7 @@ quantize record names. Figures without an interval stay out of it: a number trav
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from halfbyte.errors import SourceError
 from halfbyte.evaluator.job.bases import Base, Entry
 from halfbyte.evaluator.job.settings import OF_CHATS
 from halfbyte.layers.weights import Nf4Weights
-from halfbyte.records import FOLDER, digest, read_record, write_record, write_text_atomic
+from halfbyte.records import FOLDER, digest, put_record, read_record, write_record
 from halfbyte.texts.protocols import IMAGE
 
 NAME = "evaluate"
@@ -49,9 +48,6 @@ def set_aside(folder: Path, new: Mapping[str, Any]) -> None:
     The same figure of the same data is replaced: a card must not print two. A record of other weights says nothing any more and goes.
     """
     again = {_which(result) for result in new["results"]}
-    judged = {verdict["protocol"] for verdict in new["verdicts"]} | {
-        verdict["metric"] for verdict in new["task_verdicts"]
-    }
     for path in sorted((folder / FOLDER).glob(f"{NAME}*.json")):
         try:
             old = read_record(folder, path.stem)
@@ -68,15 +64,17 @@ def set_aside(folder: Path, new: Mapping[str, Any]) -> None:
         if left:
             kept = old | {
                 "results": left,
-                "verdicts": [verdict for verdict in old["verdicts"] if verdict["protocol"] not in judged],
-                "task_verdicts": [verdict for verdict in old["task_verdicts"] if verdict["metric"] not in judged],
+                "verdicts": [verdict for verdict in old["verdicts"] if _is_on(left, verdict["protocol"])],
+                "task_verdicts": [verdict for verdict in old["task_verdicts"] if _is_on(left, verdict["metric"])],
             }
-            name = f"{NAME}-{digest(kept).removeprefix('sha256:')[:8]}.json"
-            write_text_atomic(
-                path.with_name(name), json.dumps(kept | {"record": name[:-5]}, indent=1, ensure_ascii=False) + "\n"
-            )
+            put_record(folder, kept | {"record": f"{NAME}-{digest(kept).removeprefix('sha256:')[:8]}"})
         if path.stem != NAME:
             path.unlink()
+
+
+def _is_on(results: Iterable[Mapping[str, Any]], name: str) -> bool:
+    """Whether there is a figure of this protocol or task; its own name begins with theirs."""
+    return any(result["metric"].startswith(name) for result in results)
 
 
 def _which(result: Mapping[str, Any]) -> tuple[str, str]:
