@@ -295,7 +295,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) nf4_linear(const __grid_consta
         wait_at(shared + FULL_AT, 0);  // x is there: the previous kernel has ended
         for (int i = AHEAD; i < DEPTH; i++) ask();
     }
-    constexpr int UNITS_AT_ONCE = GROUPS == 1 ? CHUNK : GROUPS <= 2 ? 2 : 1;  // more need more registers than there are
+    constexpr int UNITS_AT_ONCE = GROUPS == 1 ? CHUNK : GROUPS == 2 ? 2 : 1;  // more need more registers than there are
     const bool aligned = p.k_blocks % CHUNK == 0;  // then 256 scales, which share one of the second level, end with a chunk
     u32 stage = 0, parity = 0, x_stage = 0, x_parity = 0;
     while (at.stop) {

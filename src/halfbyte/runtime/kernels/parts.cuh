@@ -33,7 +33,7 @@ __device__ __forceinline__ void leave(const Params& p, const Sums& sums, u32 row
     if (lane == 0) p.counters[row_group] = 0;  // ready for the next launch
     acquire();
 
-    constexpr int BATCH = 24 / (ROW_TILES * GROUPS) > 12 ? 12 : ROW_TILES * GROUPS > 12 ? 1 : 24 / (ROW_TILES * GROUPS);  // parts on their way at a time
+    constexpr int BATCH = ROW_TILES * GROUPS == 1 ? 12 : 24 / (ROW_TILES * GROUPS);  // parts on their way at a time
     Sums whole = {};
     const float4* from = first;
 #pragma unroll 1

@@ -15,6 +15,7 @@ The catch: row groups that the number of warps does not divide leave warps idle 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 from halfbyte.errors import UsageError
 
@@ -22,7 +23,7 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most, and where shared memory is small
 MOST_ROWS, FEWER_ROWS = 64, 32
-#: transformers' names of the activations that the kernel knows, and its numbers for them
+#: transformers' names of the activations that kernels know, and their numbers for them
 ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
 #: registers a thread for as many groups: the loop has what it needs, and a small kernel has room beside a block
 REGISTERS = {1: 104, 2: 112, 4: 168, 8: 255}
@@ -116,6 +117,7 @@ def choose_warps(row_groups: int, most: int) -> int:
     return max(tried, key=lambda warps: (row_groups / (-(-row_groups // warps) * warps), warps))
 
 
+@cache
 def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
     """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md).
 

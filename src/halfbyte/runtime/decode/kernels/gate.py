@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, take_turn
+from halfbyte.runtime.kernels.variants import ACTIVATIONS
 
 try:
     import triton
@@ -18,8 +19,6 @@ try:
 except ImportError:  # Windows, CPU-only builds of torch
     triton = None  # type: ignore[assignment]
 
-#: transformers' names of the activations that are known here, and the kernel's number for each
-ACTIVATIONS = {"gelu_pytorch_tanh": 0, "silu": 1, "gelu": 2}
 BLOCK = 1024
 
 
@@ -68,9 +67,9 @@ if triton is not None:
         mask = at < width
         g = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
-        if which == 0:
+        if which == 1:
             g = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-        elif which == 1:
+        elif which == 2:
             g = g * tl.sigmoid(g)
         else:
             g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))

@@ -1,9 +1,9 @@
 """Whether a tensor's work is done by a Triton kernel or by the torch reference, and how the kernels are launched.
 
-Launched early ("programmatic dependent launch", Hopper and newer), a kernel is set up while the one before it still runs, and waits for
-that one's results before it touches what any kernel writes; a norm's weights, which none does, it reads before. Every kernel here lets its successor be set up, then waits itself: so results are only
-ever read when all kernels before have ended, and an NF4 kernel behind a norm can fetch its weights meanwhile. Worth 4 % of a step on an H200
-(docs/log.md); `launch_early(False)` turns it off.
+Launched early ("programmatic dependent launch", Hopper and newer), a kernel is set up while the one before it still runs. Every kernel here
+first lets its successor be set up, then waits, and only then touches what any kernel writes: so results are only ever read when all
+kernels before have ended. A norm's weights, which no kernel writes, it reads before it waits, and an NF4 kernel behind a norm can
+fetch its own meanwhile. Worth 4 % of a step on an H200 (docs/log.md); `launch_early(False)` turns it off.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
