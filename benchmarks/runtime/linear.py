@@ -54,8 +54,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 QUICK_SHAPES = ("gate_up", "down", "qkv", "o")
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 #: units in a stage, stages, stages asked for while the previous kernel runs
-RINGS = ((2, 2, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2))
-TRIED = (Variant(early=True), Variant(early=True, stage_units=2), Variant(early=True, alu_words=1), Variant())
+RINGS = ((2, 2, 2), (2, 3, 1), (4, 2, 1), (4, 2, 2))
+TRIED = (Variant(early=True), Variant(early=True, stage_units=4), Variant(early=True, alu_words=1), Variant())
 TUNED = (
     Variant(early=True), *(Variant(early=True, stage_units=n, depth=d, ahead=a) for n, d, a in RINGS), Variant(),
     *(Variant(early=True, x_stages=n) for n in (2, 3, 6)), Variant(early=True, alu_words=1), *(Variant(early=True, registers=n) for n in (96, 104, 112)),
@@ -135,7 +135,7 @@ def fitting_variants(m: int, row_groups: int, tried: tuple[Variant, ...]) -> dic
         chosen = replace(variant, groups=next(groups for groups in variants.MOST_WARPS if m <= 8 * groups))
         if chosen.groups >= 4:  # more registers a thread, so fewer warps, and more of x
             warps = variants.choose_warps(row_groups, variants.MOST_WARPS[chosen.groups])
-            chosen = replace(chosen, registers=variants.REGISTERS[chosen.groups], warps=warps, stage_units=2)
+            chosen = replace(chosen, registers=variants.REGISTERS[chosen.groups], warps=warps)
         if chosen.shared_bytes(m) <= device.shared_bytes:
             name = f"w{chosen.warps} d{chosen.depth}x{chosen.stage_units} x{chosen.x_stages} alu{chosen.alu_words} t{chosen.table_stride} r{chosen.registers}"
             found[name + (f" early{chosen.ahead}" if chosen.early else "")] = chosen
@@ -217,19 +217,10 @@ def prebuild(options: argparse.Namespace) -> float:
     start, arch, wanted = time.perf_counter(), driver.device_of(0).arch, set()
     for name in options.shapes:
         for m in options.rows:
-            row_groups, k_blocks = sum(SHAPES[name][0]) // 32, SHAPES[name][1] // 64
+            device, row_groups = driver.device_of(0), sum(SHAPES[name][0]) // 32
             wanted |= set(fitting_variants(m, row_groups, TUNED if options.tune else TRIED).values())
             if m <= 64:
-                wanted.add(
-                    variants.default_variant(
-                        min(m, variants.rows_at_once(driver.device_of(0))),
-                        2,
-                        1,
-                        row_groups,
-                        k_blocks,
-                        driver.device_of(0),
-                    )
-                )
+                wanted.add(variants.default_variant(min(m, variants.rows_at_once(device)), 2, 1, row_groups, device))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda variant: build.cubin("nf4_linear", arch, variant.defines), wanted))
     return time.perf_counter() - start

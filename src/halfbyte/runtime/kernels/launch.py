@@ -129,7 +129,7 @@ def linear(
     device = driver.device_of(index)
     row_groups, k_blocks = weight.groups.shape[0], weight.k_blocks
     if variant is None:
-        variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, k_blocks, device)
+        variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, device)
     if activation is not None:
         variant = replace(variant, activation=variants.ACTIVATIONS[activation])
     partition = partition_of(variant, row_groups, k_blocks, device)

@@ -35,7 +35,7 @@
 #define GROUPS 1       // groups of 8 columns: M <= 8 * GROUPS
 #endif
 #ifndef STAGE_UNITS
-#define STAGE_UNITS 4  // units in a stage of the ring: 1, 2 or 4
+#define STAGE_UNITS 2  // units in a stage of the ring: 1, 2 or 4
 #endif
 #ifndef DEPTH
 #define DEPTH 2        // stages in the ring of a warp

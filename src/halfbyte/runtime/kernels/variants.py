@@ -27,8 +27,6 @@ MOST_ROWS, FEWER_ROWS = 64, 32
 ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
 #: registers a thread for as many groups: the loop has what it needs, and a small kernel has room beside a block
 REGISTERS = {1: 104, 2: 112, 4: 168, 8: 255}
-#: steps of a block that are few
-FEW_STEPS = 16
 #: warps of a block, at most, for 1, 2, 4 and 8 groups of rows
 MOST_WARPS = {1: 16, 2: 16, 4: 12, 8: 8}
 
@@ -72,7 +70,7 @@ class Variant:
     warps: int = 16
     row_tiles: int = 2
     groups: int = 1
-    stage_units: int = 4
+    stage_units: int = 2
     depth: int = 2
     x_stages: int = 4
     alu_words: int = 0
@@ -118,16 +116,12 @@ def choose_warps(row_groups: int, most: int) -> int:
 
 
 @cache
-def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, k_blocks: int, device: Device) -> Variant:
-    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md).
-
-    A block that has few steps to do asks for its weights in smaller pieces: the first product is earlier, the last piece fuller.
-    """
+def default_variant(rows: int, row_tiles: int, subs: int, row_groups: int, device: Device) -> Variant:
+    """The variant that runs unless another is asked for: rows 1..MOST_ROWS of x. The best of those measured on an H200 (docs/log.md)."""
     groups = next(groups for groups in MOST_WARPS if rows <= 8 * groups)
     warps = choose_warps(row_groups, MOST_WARPS[groups])
-    steps = -(-row_groups // warps) * k_blocks / device.multiprocessors
     variant = Variant(
-        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs, stage_units=4 if groups < 4 and steps >= FEW_STEPS else 2,
+        warps=warps, row_tiles=row_tiles, groups=groups, subs=subs,
         early=device.capability >= (9, 0), registers=REGISTERS[groups],
     )  # fmt: skip
     return fitting(variant, rows, device)

@@ -114,7 +114,7 @@ def compile_ahead(ours: Nf4Linear) -> None:
     device, row_groups = driver.device_of(ours.tiles.device.index or 0), weight.groups.shape[0]
     wanted = {
         variants.default_variant(
-            min(m, variants.rows_at_once(device)), weight.row_tiles, weight.subs, row_groups, weight.k_blocks, device
+            min(m, variants.rows_at_once(device)), weight.row_tiles, weight.subs, row_groups, device
         )
         for m in ROWS
         if m <= MOST_KERNEL_ROWS
