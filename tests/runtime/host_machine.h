@@ -129,7 +129,6 @@ static u32 shared_base() { return FIRST; }
 static uint4 read16(u32 at) { return read_shared<uint4>(at); }
 template <int OFFSET> static u32 read4(u32 at) { return read_shared<u32>(at + OFFSET); }
 static u32 read1(u32 at) { return read_shared<u8>(at); }
-static void store16(u32 at, uint4 v) { memcpy(shared_memory + place(at, 16), &v, 16); }
 static void store4(u32 at, float v) { memcpy(shared_memory + place(at, 4), &v, 4); }
 static void store_four_times(u32 at, u32 v) {
     for (u32 i = place(at, 16); i < at + 16; i += 4) memcpy(shared_memory + i, &v, 4);
@@ -200,7 +199,6 @@ static float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 static float __uint_as_float(u32 v) { return __int_as_float((int)v); }
 template <class T> static T __ldcg(const T* at) { return *at; }
 template <class T> static void __stcg(T* at, T v) { *at = v; }
-static float fast_exp(float v) { return expf(v); }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(_why_no_compiler() is not None, reason=_why_no_c
 
 VARIANTS = [
     Variant(), Variant(groups=2), Variant(groups=2, subs=2), Variant(groups=4, warps=12, registers=168), Variant(groups=8, warps=8, registers=255, stage_units=2), Variant(row_tiles=1),
-    Variant(alu_words=4), Variant(subs=2), Variant(table_stride=128, alu_words=1), Variant(warps=14, stage_units=4, groups=2), Variant(registers=104), Variant(groups=2, registers=112), Variant(warps=14, groups=2, activation=1, registers=112),
+    Variant(alu_words=4), Variant(subs=2), Variant(table_stride=128, alu_words=1), Variant(warps=14, stage_units=4, groups=2), Variant(registers=104), Variant(groups=2, registers=112),
 ]  # fmt: skip
 
 

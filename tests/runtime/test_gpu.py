@@ -9,7 +9,6 @@ import pytest
 import torch
 from runtime.stored_weights import dense, drawn
 
-from halfbyte.runtime.decode.kernels.gate import gated_reference
 from halfbyte.runtime.kernels import driver, launch, variants
 from halfbyte.runtime.kernels.variants import Variant
 from halfbyte.runtime.linear import op, reference
@@ -98,17 +97,6 @@ def test_a_row_has_the_same_bits_in_any_batch_of_1_to_16_and_in_any_run(shape):
     for m in (1, 2, 5, 8, 9, 15):
         assert torch.equal(run(x[:m].contiguous(), weight, None), whole[:m])
     assert torch.equal(run(x[11:12].contiguous(), weight, None), whole[11:12])
-
-
-@pytest.mark.parametrize("activation", variants.ACTIVATIONS)
-def test_the_kernel_gates_what_it_multiplies_and_each_row_as_if_alone(activation):
-    weight, exact = weight_of(*LARGE[1])
-    both = inputs(16, 2 * LARGE[1][1])
-    x = gated_reference(*both.chunk(2, dim=1), activation)
-    whole = launch.linear(both, weight.tensors, activation=activation)
-    assert error(whole, x, exact) < 2 * BOUND  # exp and tanh may differ in the last bit, and bf16 rounds them twice
-    for m in (1, 8, 9):
-        assert torch.equal(launch.linear(both[:m].contiguous(), weight.tensors, activation=activation), whole[:m])
 
 
 def test_look_up_and_permutes_give_the_same_bits():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from runtime.decode.small_decoders import FAMILIES, VOCABULARY, fuse, llama
 from runtime.decode.test_loop import NEW, by_transformers, expanded, gathered, inputs_of
+from runtime.small_models import stock
 from runtime.stored_weights import drawn
 
 from halfbyte.runtime.decode.loop import Decoder, decode
 from halfbyte.runtime.decode.sampling import Sampling
+from halfbyte.runtime.loading import replacement
+from halfbyte.runtime.loading.choice import Always
 
 pytestmark = pytest.mark.gpu
 
@@ -82,24 +86,38 @@ def test_many_rows_of_many_lengths_are_answered(nf4_llama, rows):
     assert all(len(row) == NEW for row in found)
 
 
-def test_a_layer_is_ten_launches_and_all_else_thirty(nf4_llama):
+@pytest.fixture(scope="module")
+def replaced_llama() -> Any:
+    """bitsandbytes' linears, replaced as `halfbyte.load` does it."""
+    model = copy.deepcopy(stock("Llama"))
+    for _, linear in replacement.linears_of(model):
+        linear.compute_dtype = torch.bfloat16
+    replacement.replace(model.to("cuda", torch.bfloat16), Always("test"))
+    return model
+
+
+@pytest.mark.parametrize("made", ["nf4_llama", "replaced_llama"])
+def test_a_layer_is_ten_launches_and_all_else_thirty(made, request):
+    model = request.getfixturevalue(made)
     from torch.profiler import ProfilerActivity, profile
 
     def launches(layers: int) -> int:
-        all_layers = nf4_llama.model.layers
-        nf4_llama.model.layers = all_layers[:layers]
+        all_layers = model.model.layers
+        model.model.layers = all_layers[:layers]
         try:
-            decoder = Decoder(nf4_llama, rows=1, capacity=100)
-            gathered(decoder.tokens(on_gpu(inputs_of(random_prompt(9))), 3))
+            decoder = Decoder(model, rows=1, capacity=100)
+            prompt = [token % model.config.vocab_size for token in random_prompt(9)]
+            gathered(decoder.tokens(on_gpu(inputs_of(prompt)), 3))
             step = decoder._step(1, Sampling())
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as seen:
                 step()
                 torch.cuda.synchronize()
         finally:
-            nf4_llama.model.layers = all_layers
+            model.model.layers = all_layers
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
-    two, four = launches(2), launches(4)
-    assert (four - two) / 2 == 10
-    assert two - 20 <= 30
+    layers = len(model.model.layers)
+    half, whole = launches(layers // 2), launches(layers)
+    assert (whole - half) / (layers - layers // 2) == 10
+    assert whole - layers * 10 <= 30

@@ -15,7 +15,6 @@ from halfbyte.runtime.decode.kernels import append, attention, dense, gate, norm
 from halfbyte.runtime.decode.kernels.norm import Norm
 from halfbyte.runtime.decode.kernels.rotary import HeadNorms, Target
 from halfbyte.runtime.decode.state import State
-from halfbyte.runtime.kernels.variants import ACTIVATIONS
 
 needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 2e-2}}
@@ -45,7 +44,7 @@ def check_norms(device: str, dtype: torch.dtype = torch.float32) -> None:
 
 def check_gates(device: str, dtype: torch.dtype = torch.float32) -> None:
     both = 2 * drawn(3, 2 * 1100, device=device, dtype=dtype)
-    for activation in ACTIVATIONS:
+    for activation in gate.ACTIVATIONS:
         parts = both.split(1100, dim=-1)
         same(gate.gated_kernel(*parts, activation), gate.gated_reference(*parts, activation))
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from halfbyte.errors import UsageError
+from halfbyte.runtime.decode.kernels.gate import ACTIVATIONS
 from halfbyte.runtime.decode.kernels.norm import Norm
 from halfbyte.runtime.decode.kernels.rotary import HeadNorms
 from halfbyte.runtime.decode.linears import Linears, Product, linears_of, product
-from halfbyte.runtime.kernels.variants import ACTIVATIONS
 
 FAMILIES = {
     "Gemma4TextDecoderLayer": "gemma4",

@@ -1,8 +1,8 @@
 """The four products of a layer as callables, whatever the model's linears are: plain, bitsandbytes', ours, fused or apart.
 
-    qkv(h)             -> (q, (k, v)), or (q, None) where a layer has no keys of its own
-    o(a)
-    mlp(h, activation) = down(act(gate) * up), where (gate, up) is one product if fused
+    qkv(h)      -> (q, (k, v)), or (q, None) where a layer has no keys of its own
+    o(a), down(m)
+    gate_up(h)  -> (gate, up)
 
 A fused module is looked for first: `qkv_proj` or `qk_proj` of the attention, `gate_up_proj` of the MLP, a module with `splits` (the rows of its
 parts in order, as `Nf4Linear` has). Parts of a fused product are ranges of its columns, never copied. Where keys are values
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from halfbyte.runtime.decode.kernels.dense import dense
-from halfbyte.runtime.decode.kernels.gate import gated
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -32,15 +31,16 @@ class Linears:
 
     qkv: Callable[[torch.Tensor], tuple[torch.Tensor, KeysValues | None]]
     o: Product
-    mlp: Callable[[torch.Tensor, str], torch.Tensor]
+    gate_up: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    down: Product
     count: int
 
 
 def linears_of(attention: Any, mlp: Any, own_keys: bool) -> Linears:
     """The products of a decoder layer's two modules; own_keys: whether the layer computes keys and values."""
     qkv, many = _qkv(attention, own_keys)
-    through_mlp, more = _mlp(mlp)
-    return Linears(qkv, product(attention.o_proj), through_mlp, many + more + 1)
+    gate_up, more = _gate_up(mlp)
+    return Linears(qkv, product(attention.o_proj), gate_up, product(mlp.down_proj), many + more + 2)
 
 
 def product(module: Any) -> Product:
@@ -84,21 +84,15 @@ def _qkv(
     return (lambda h: (q(h), (k(h), v(h)))), 3
 
 
-def _mlp(mlp: Any) -> tuple[Callable[[torch.Tensor, str], torch.Tensor], int]:
-    """The MLP, and how many products it is. Where `down` can, it computes act(gate) * up where it reads it."""
-    fused, down = _fused(mlp, "gate_up_proj"), product(mlp.down_proj)
+def _gate_up(mlp: Any) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], int]:
+    fused = _fused(mlp, "gate_up_proj")
     if fused is not None:
         multiply, splits = product(fused), tuple(fused.splits)
-        at_once = getattr(mlp.down_proj, "gated", None)
 
-        def together(h: torch.Tensor, activation: str) -> torch.Tensor:
-            both = multiply(h)
-            y: torch.Tensor | None = at_once(both, activation) if at_once is not None else None
-            if y is None:
-                gate, up = both.split(splits, dim=-1)
-                y = down(gated(gate, up, activation))
-            return y
+        def together(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            gate, up = multiply(h).split(splits, dim=-1)
+            return gate, up
 
-        return together, 2
+        return together, 1
     gate, up = product(mlp.gate_proj), product(mlp.up_proj)
-    return (lambda h, activation: down(gated(gate(h), up(h), activation))), 3
+    return (lambda h: (gate(h), up(h))), 2

@@ -2,10 +2,10 @@
 
 Launches a layer with fused products, in order:
 
-    1 qkv | 2 norms, rotary, cache write | 3, 4 attention and its join | 5 o | 6 residual, norm, norm | 7 gate and up
-    8 act * up and down | 9 residual, norm, scalar, norm of the next layer
+    1 qkv | 2 norms, rotary, cache write | 3, 4 attention and its join | 5 o | 6 residual, norm, norm | 7 gate and up | 8 act * up
+    9 down | 10 residual, norm, scalar, norm of the next layer
 
-9 launches (10 where act * up is one of its own: above 16 rows, or without our kernel; 14 with per-layer inputs, 13 where q, k, v, gate and up are apart); around the layers about 25: embeddings, angles, lm_head, choice, append.
+10 launches (14 with per-layer inputs, 13 where q, k, v, gate and up are apart); around the layers about 25: embeddings, angles, lm_head, choice, append.
 
 `through_layers` knows nothing of how attention is done: a step reads the cache (`mix_with_cache`), a prompt its own chunk as well
 (halfbyte.runtime.decode.prompt).
@@ -103,7 +103,7 @@ def through_layers(
         if mixed is None:
             return None
         x, h = add_norm(x, layer.linears.o(mixed), layer.after_attention, 1.0, layer.before_mlp)
-        y = layer.linears.mlp(h, layer.activation)
+        y = layer.linears.down(gated(*layer.linears.gate_up(h), layer.activation))
         if layer.per_layer is not None and inputs is not None:
             x, _ = add_norm(x, y, layer.after_mlp, 1.0, None)
             y = layer.per_layer.projection(gated(layer.per_layer.gate(x), inputs[:, layer.index], layer.activation))

@@ -10,7 +10,6 @@ The catch: a graph's buffers are shared by all graphs of a device, so two graphs
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -112,26 +111,19 @@ def rows_at_once(device: torch.device) -> int:
 
 
 def linear(
-    x: torch.Tensor,
-    weight: Tensors,
-    variant: Variant | None = None,
-    out: torch.Tensor | None = None,
-    activation: str | None = None,
+    x: torch.Tensor, weight: Tensors, variant: Variant | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [m, columns] bf16, contiguous, 1 <= m <= MOST_ROWS, on the weight's GPU -> [m, rows] bf16.
 
-    variant     None: `variants.default_variant`
-    out         bf16 [m, rows], contiguous, to write into
-    activation  x is [m, 2 columns], gate and up side by side; what is multiplied is act(gate) * up, rounded to bf16 twice
-    raises      NoCompiler, UsageError (the variant does not fit)
+    variant  None: `variants.default_variant`
+    out      bf16 [m, rows], contiguous, to write into
+    raises   NoCompiler, UsageError (the variant does not fit)
     """
     m, index = x.shape[0], x.device.index or 0
     device = driver.device_of(index)
     row_groups, k_blocks = weight.groups.shape[0], weight.k_blocks
     if variant is None:
         variant = variants.default_variant(m, weight.row_tiles, weight.subs, row_groups, device)
-    if activation is not None:
-        variant = replace(variant, activation=variants.ACTIVATIONS[activation])
     partition = partition_of(variant, row_groups, k_blocks, device)
     shared, most_parts = variant.shared_bytes(m), partition.most_parts
     if not 1 <= m <= variant.rows or shared > device.shared_bytes or x.data_ptr() % 16:

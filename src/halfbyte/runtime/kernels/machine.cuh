@@ -78,9 +78,6 @@ __device__ __forceinline__ u32 read1(u32 at) {
 __device__ __forceinline__ void store_four_times(u32 at, u32 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(v) : "memory");
 }
-__device__ __forceinline__ void store16(u32 at, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 __device__ __forceinline__ void store4(u32 at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
 
 // acc[16 x 8] += a[16 x 16] b[16 x 8], spread over the warp as the PTX manual says.
@@ -108,9 +105,6 @@ __device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
     return v;
 }
-
-// e to the v, to a few units in the last place.
-__device__ __forceinline__ float fast_exp(float v) { return __expf(v); }
 
 __device__ __forceinline__ u32 lane_id() {
     u32 lane;

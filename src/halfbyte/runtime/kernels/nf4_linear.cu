@@ -62,9 +62,6 @@
 #ifndef REGISTERS
 #define REGISTERS 128  // a thread; with 16 warps 112 leave room for a small kernel beside a block: with EARLY, the previous one
 #endif
-#ifndef ACTIVATION
-#define ACTIVATION 0   // 1: x is act(gate) * up, of gate and up side by side; gelu by tanh. 2: silu. 3: gelu by erf
-#endif
 #define MOST_BLOCKS 192  // in a grid
 #define MAPS 4         // parts stacked in one weight, at most
 
@@ -75,7 +72,7 @@ struct Params {
     const int4* groups;   // per row group: {first: block number of row 0, k block 0 in `nested` terms; offset's bits; map; 0}
     const float* maps;    // [parts][256]
     const u32* table;     // [256] byte -> bf16 pair, scaled by 1 / unit
-    const u16* x;         // [m][64 * k_blocks], or with an activation [m][2][64 * k_blocks]
+    const u16* x;         // [m][64 * k_blocks]
     u16* y;               // [m][n]
     float* partial;       // [row groups][most_parts][ROW_TILES][GROUPS][32][4]
     u32* counters;        // [row groups], zero before and after
@@ -106,7 +103,6 @@ static_assert(GROUPS * ROW_TILES <= 16 && CHUNK % STAGE_UNITS == 0 && DEPTH >= 2
 static_assert(RING_FULL_AT + 8 * WARPS * DEPTH <= TABLE_AT, "barriers");
 
 #include "decode.cuh"
-#include "gate.cuh"
 
 // Steps of one row block that lie together: its blocks of 64 columns k .. stop - 1. None: stop = 0.
 struct Segment {
@@ -127,30 +123,9 @@ __device__ __forceinline__ void fetch(const Params& p, u32 k, u32 to, u32 full, 
     const u32 columns = p.k_blocks * 64;
     const u16* from = p.x + k * 64 + lane * 8;
     const bool inside = lane < (p.k_blocks - k) * 8;  // 16 bytes of a row each
-#if ACTIVATION == 0
     if (inside)
         for (u32 row = 0; row < p.m; row++) copy16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), from + (u64)row * columns);
     arrive_when_copied(full);
-#else
-    constexpr u32 ROWS = 4;  // on their way at a time
-    if (inside)
-        for (u32 first = 0; first < p.m; first += ROWS) {
-            uint4 gate[ROWS], up[ROWS];
-#pragma unroll
-            for (u32 i = 0; i < ROWS; i++) {
-                const u16* row = from + (u64)min(first + i, p.m - 1) * 2 * columns;
-                gate[i] = __ldcg(reinterpret_cast<const uint4*>(row)), up[i] = __ldcg(reinterpret_cast<const uint4*>(row + columns));
-            }
-#pragma unroll
-            for (u32 i = 0; i < ROWS; i++) {
-                const u32 row = first + i;
-                const uint4 v = {gated_pair<ACTIVATION>(gate[i].x, up[i].x), gated_pair<ACTIVATION>(gate[i].y, up[i].y),
-                                 gated_pair<ACTIVATION>(gate[i].z, up[i].z), gated_pair<ACTIVATION>(gate[i].w, up[i].w)};
-                if (row < p.m) store16(to + row * X_ROW + ((lane ^ (row & 1) * 4) * 16), v);
-            }
-        }
-    arrive_at(full);
-#endif
 }
 
 // sums += a unit; `scale`: of the row that this lane expands; x: where the lane's 16 bytes of columns 0 .. 31 are; those of 32 .. 63

@@ -23,8 +23,6 @@ from halfbyte.errors import UsageError
 SHARED_ROWS = 16
 #: rows of x that one launch takes at most, and where shared memory is small
 MOST_ROWS, FEWER_ROWS = 64, 32
-#: transformers' names of the activations that kernels know, and their numbers for them
-ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
 #: registers a thread for as many groups: the loop has what it needs, and a small kernel has room beside a block
 REGISTERS = {1: 104, 2: 112, 4: 168, 8: 255}
 #: warps of a block, at most, for 1, 2, 4 and 8 groups of rows
@@ -63,7 +61,6 @@ class Variant:
     subs          scales in 64 columns; a property of the weight
     early         weights are asked for before the previous kernel has ended
     ahead         with early: stages asked for meanwhile
-    activation    0, or one of ACTIVATIONS: x is act(gate) * up
     registers     a thread, at most
     """
 
@@ -79,7 +76,6 @@ class Variant:
     early: bool = False
     ahead: int = 1
     registers: int = 128
-    activation: int = 0
 
     @property
     def defines(self) -> tuple[str, ...]:

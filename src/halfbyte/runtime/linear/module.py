@@ -90,10 +90,6 @@ class Nf4Linear(torch.nn.Module):
         y = nf4_linear(x, self.weight, self.paths)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def gated(self, both: torch.Tensor, activation: str) -> torch.Tensor | None:
-        """This layer of act(gate) * up, for both [rows, 2 in_features]; None where that is no single launch (`op.gated_by_kernel`)."""
-        return None if self.bias is not None else op.gated_by_kernel(both, self.weight.tensors, self.paths, activation)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves like any module, but `model.to(torch.bfloat16)` does not touch the scales: they are part of the format."""
         exact = {name: getattr(self, name) for name in ("nested", "maps")}

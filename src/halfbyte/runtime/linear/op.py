@@ -24,9 +24,6 @@ from halfbyte.runtime.kernels.build import NoCompiler
 from halfbyte.runtime.kernels.tensors import Tensors
 from halfbyte.runtime.linear import portable, reference, table
 
-#: rows up to which act(gate) * up is computed where it is multiplied: each block does it anew
-MOST_GATED_ROWS = 16
-
 
 @torch.library.custom_op("halfbyte::nf4_linear", mutates_args=())
 def nf4_linear(
@@ -114,22 +111,6 @@ def _by_kernel(flat: torch.Tensor, weight: Tensors, path: str) -> torch.Tensor:
         launch.dequantize(weight, expanded)
         y = torch.nn.functional.linear(flat, expanded)
     return y
-
-
-def gated_by_kernel(both: torch.Tensor, weight: Tensors, paths: str, activation: str) -> torch.Tensor | None:
-    """W (act(gate) * up) for both [rows, 2 columns], gate and up side by side, in one launch -> [rows, out].
-
-    None where the kernel is not what this weight's table says for so many rows, or does not know the activation: the caller
-    does it in two steps.
-    """
-    rows = both.shape[0]
-    if not both.is_cuda or both.dtype != torch.bfloat16 or not both.is_contiguous() or both.data_ptr() % 16:
-        return None
-    if rows > MOST_GATED_ROWS or table.path_for(paths, rows) != "kernel" or why_no_kernel(both.device) is not None:
-        return None
-    from halfbyte.runtime.kernels import launch, variants
-
-    return launch.linear(both, weight, activation=activation) if activation in variants.ACTIVATIONS else None
 
 
 def check_columns(x: torch.Tensor, weight: Tensors) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from halfbyte.runtime.decode.kernels.where import by_kernel, launch_options, take_turn
-from halfbyte.runtime.kernels.variants import ACTIVATIONS
 
 try:
     import triton
@@ -19,6 +18,8 @@ try:
 except ImportError:  # Windows, CPU-only builds of torch
     triton = None  # type: ignore[assignment]
 
+#: transformers' names of the activations, and the kernel's numbers for them
+ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
 BLOCK = 1024
 
 
