@@ -5,12 +5,22 @@ A copy on the device reads and writes; both count. The bytes are random: zeros h
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
 import torch
 
 COPIES, WARM = 12, 2
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """cuda, or cpu for `--tiny` without a GPU. Ends the script where a GPU is wanted and torch sees none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if options.tiny:
+        return "cpu"
+    raise SystemExit("torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
 
 
 def copy_rate(device: str = "cuda", gigabytes: float = 2.0) -> float:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ceiling import copy_rate
+from ceiling import copy_rate, device_of
 from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
 from halfbyte.errors import HalfbyteError
@@ -291,9 +291,7 @@ def rows_of(kind: str, compiled: bool) -> dict[str, Callable[[Bench, int], list[
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Build, measure stock, replace, measure ours."""
-    device = "cpu" if options.tiny and not torch.cuda.is_available() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("decode.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
+    device = device_of(options)
     torch.manual_seed(0)
     rate = copy_rate(device, 0.05 if options.tiny else 2.0)
     start = time.perf_counter()

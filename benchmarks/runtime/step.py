@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ceiling import copy_rate
+from ceiling import copy_rate, device_of
 from decode import Bench
 from gemma4_shapes import SHAPES, build, bytes_a_token, text_config
 
@@ -144,9 +144,7 @@ def prompt_row(bench: Bench, length: int) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Build, replace the linears by ours, measure."""
-    device = "cpu" if options.tiny and not torch.cuda.is_available() else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("step.py: torch sees no CUDA device; nothing is measured (--tiny runs on a CPU)")
+    device = device_of(options)
     torch.manual_seed(0)
     launch_early(options.early)
     attention.CHUNK = options.chunk

@@ -120,7 +120,7 @@ def test_loops_compile_without_a_cache_folder(monkeypatch):
         return made(*args, **options)
 
     monkeypatch.setattr(numba, "njit", no_folder)
-    nest = cpu._compile.__wrapped__(loops.nest)
+    nest = loops._compile(loops.nest, loops.SIGNATURES[loops.nest])
     assert nest.__name__ == "nest"
 
 

@@ -9,12 +9,9 @@ the mean of the scales, which must be torch's.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
@@ -35,22 +32,11 @@ STEP = 1 << 20
 
 #: dtype of a result -> how numpy and the compiled loop see its memory (loops._KINDS)
 _VIEWS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16, torch.float32: torch.float32}
-_compiling = threading.Lock()
 
 
 def _compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code of one of the loops above: from numba's cache on disk, or made now (a second or two)."""
-    with _compiling:
-        return _compile(loop)
-
-
-@cache
-def _compile(loop: Callable[..., Any]) -> Callable[..., Any]:
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(loops.SIGNATURES[loop], cache=True, **options)(loop)  # type: ignore[no-any-return]
-    except (RuntimeError, OSError):  # no folder to cache in (read-only install and home), or the disk is full
-        return numba.njit(loops.SIGNATURES[loop], cache=False, **options)(loop)  # type: ignore[no-any-return]
+    """Machine code of one of the loops (loops.py)."""
+    return loops.compiled(loop, loops.SIGNATURES[loop])
 
 
 def fresh(n: int, dtype: torch.dtype) -> torch.Tensor:

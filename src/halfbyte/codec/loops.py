@@ -19,7 +19,11 @@ bit must survive. The shuffle is x86's PSHUFB; other machines get the same loop 
 from __future__ import annotations
 
 import platform
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -210,3 +214,22 @@ SIGNATURES = {
         for values in ("int16", "uint16", "float32")
     ],
 }
+
+_compiling = threading.Lock()
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def compiled(loop: Callable[..., Any], signatures: str | Sequence[str]) -> Callable[..., Any]:
+    """Machine code of a loop for those argument types: from numba's cache on disk, or made now (some seconds). Once a process."""
+    with _compiling:
+        if loop not in _compiled:
+            _compiled[loop] = _compile(loop, signatures)
+        return _compiled[loop]
+
+
+def _compile(loop: Callable[..., Any], signatures: str | Sequence[str]) -> Callable[..., Any]:
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(signatures, cache=True, **options)(loop)  # type: ignore[no-any-return]
+    except (RuntimeError, OSError):  # no folder to cache in (read-only install and home), or the disk is full
+        return numba.njit(signatures, cache=False, **options)(loop)  # type: ignore[no-any-return]

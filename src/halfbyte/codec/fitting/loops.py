@@ -9,9 +9,7 @@ Fast-math is off.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
@@ -19,12 +17,12 @@ import numpy as np
 import torch
 
 from halfbyte.codec.codebook import NF4_LEVELS, nf4_midpoints
+from halfbyte.codec.loops import compiled
 from halfbyte.codec.workers import for_each_step
 
 LANES = 16
 #: rows a thread walks at a time
 ROWS_PER_STEP = 512
-_compiling = threading.Lock()
 _L = tuple(np.float32(level) for level in NF4_LEVELS)
 _M = tuple(np.float32(middle) for middle in nf4_midpoints().tolist())
 
@@ -144,7 +142,7 @@ def walk(
     panel: torch.Tensor, other: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor | None, codes: torch.Tensor
 ) -> None:
     """kernels.walk (with `inverse`) or kernels.compensate (without), on the CPU. Tensors are contiguous."""
-    loop = compiled(_walk)
+    loop = compiled(_walk, _SIGNATURES[_walk])
     entries = torch.empty(0) if inverse is None else inverse
     given = [each.numpy() for each in (panel, other, table, entries, codes)]
     for_each_step(lambda begin, end: loop(*given, begin, end), panel.shape[1], ROWS_PER_STEP, torch.get_num_threads())
@@ -158,19 +156,4 @@ _SIGNATURES = {
 
 def compiled_search() -> Callable[..., Any]:
     """`_search` as machine code."""
-    return compiled(_search)
-
-
-def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code of a loop: from numba's cache on disk, or made now (some seconds)."""
-    with _compiling:
-        return _compile(loop)
-
-
-@cache
-def _compile(loop: Callable[..., Any]) -> Callable[..., Any]:
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(_SIGNATURES[loop], cache=True, **options)(loop)  # type: ignore[no-any-return]
-    except (RuntimeError, OSError):  # no folder to cache in, or the disk is full
-        return numba.njit(_SIGNATURES[loop], cache=False, **options)(loop)  # type: ignore[no-any-return]
+    return compiled(_search, _SIGNATURES[_search])
