@@ -195,7 +195,8 @@ class StreamedModel:
             yield
             return
         places = Places(self._weights, self._skeleton, self.model, towers=True)
-        keys = [key for key in places.keys if key not in set(self.places.keys)]
+        own = set(self.places.keys)
+        keys = [key for key in places.keys if key not in own]
         self.model.load_state_dict({key: places.load(key, self.device) for key in keys}, strict=False, assign=True)
         self.model.requires_grad_(False)
         try:
@@ -270,9 +271,8 @@ class StreamedModel:
         few = self._make_head(lambda key: self.places.load_rows(key, 0, _CHECKED_ENTRIES).to(self.device))
         layer = self.model.get_output_embeddings()
         empty, dtype = (layer.weight, layer.bias), layer.weight.dtype
-        few_tokens = (
-            1 if isinstance(batch, PictureBatch) else _CHECKED_TOKENS
-        )  # soft tokens mean nothing without their picture
+        # soft tokens mean nothing without their picture
+        few_tokens = 1 if isinstance(batch, PictureBatch) else _CHECKED_TOKENS
         ids = torch.from_numpy(batch.tokens[:1, :few_tokens]).to(self.device)
         try:
             layer.weight = nn.Parameter(few.weight.to(dtype), requires_grad=False)

@@ -259,14 +259,7 @@ def _answers(
             max_new_tokens=writing.max_new_tokens, device=writing.device, dtype=writing.dtype, batch=writing.batch,
         )  # fmt: skip
         trace = str(about["trace"])
-    end = protocols.end_of_turn(tokenizer) if len(asked) < len(chats) else []
-    own = iter(written)
-    found = []
-    for chat in chats:
-        found.append(
-            next(own) if chat.response is None else [*protocols.encode(tokenizer, chat.response.strip()), *end]
-        )
-    return found, trace
+    return protocols.answer_ids(tokenizer, [chat.response for chat in chats], written), trace
 
 
 def _whose(given: Sequence[str | None], *, fits: bool) -> str:

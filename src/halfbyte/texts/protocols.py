@@ -86,14 +86,13 @@ def given_answers(tokenizer: Any, chats: Sequence[Chat], *, length: int = 2048) 
     Counts: every token of the response, then the token with which the template ends the turn.
     """
     _need_frame(tokenizer, "kld[assistant,given]")
-    end = end_of_turn(tokenizer)
-    tokens: list[np.ndarray] = []
-    scored: list[np.ndarray] = []
     for chat in chats:
         if chat.response is None:
             raise SourceError("has no response", where=f"chat {chat.name}", todo="use kld[assistant,on-policy]")
-        prompt = prompt_ids(tokenizer, chat.messages)
-        _add(tokens, scored, prompt, [*encode(tokenizer, chat.response.strip()), *end], length)
+    tokens: list[np.ndarray] = []
+    scored: list[np.ndarray] = []
+    for chat, answer in zip(chats, answer_ids(tokenizer, [chat.response for chat in chats], ()), strict=True):
+        _add(tokens, scored, prompt_ids(tokenizer, chat.messages), answer, length)
     return _rows("kld[assistant,given]", tokenizer, tokens, scored, chats, {"length": length})
 
 
@@ -173,6 +172,13 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
     ids: list[int] = found[0] if found and isinstance(found[0], list) else found
     check_bos(tokenizer, ids)
     return ids
+
+
+def answer_ids(tokenizer: Any, given: Sequence[str | None], written: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Token ids of every answer: of a given one with the end of its turn, for None the next of those `written` by a model."""
+    end = end_of_turn(tokenizer) if any(text is not None for text in given) else []
+    own = iter(written)
+    return [list(next(own)) if text is None else [*encode(tokenizer, text.strip()), *end] for text in given]
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:

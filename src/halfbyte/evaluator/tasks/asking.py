@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from halfbyte.evaluator.forcing import force, forced_rows
 from halfbyte.evaluator.tasks.task import Task
 from halfbyte.format.shards import hash_file
 from halfbyte.layers.model import exact_float32
+from halfbyte.layers.rows import Rows
 from halfbyte.layers.weights import Weights
 from halfbyte.progress import note
 from halfbyte.records import digest, versions, write_text_atomic
@@ -126,11 +127,25 @@ class _Forcer:
 
     def __init__(self, reference: Weights, place: Place) -> None:
         self.reference, self.place = reference, place
+        self.rows: dict[str, Rows] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.reference)
 
     def __call__(self, weights: Weights, task: Task) -> list[Answer]:
-        tokenizer, texts = load_tokenizer(self.reference), task.forced_texts()
-        rows, place = forced_rows(texts, tokenizer), self.place
-        return force(weights, texts, rows, tokenizer, device=place.device, dtype=place.dtype, batch=place.batch)
+        texts, place = task.forced_texts(), self.place
+        if task.name not in self.rows:
+            self.rows[task.name] = forced_rows(texts, self.tokenizer)
+        return force(
+            weights,
+            texts,
+            self.rows[task.name],
+            self.tokenizer,
+            device=place.device,
+            dtype=place.dtype,
+            batch=place.batch,
+        )
 
 
 def _write(make: Callable[[], list[Answer]], path: Path, key: str) -> Asked:

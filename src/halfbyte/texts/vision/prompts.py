@@ -15,14 +15,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halfbyte.errors import SourceError
 from halfbyte.images import image_beside
 from halfbyte.texts.reading import shows_picture
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,8 @@ class Pictures:
                 max_new_tokens=writing.max_new_tokens, device=writing.device, dtype=writing.dtype,
             )  # fmt: skip
             trace = str(about["trace"])
-        own = iter(written)
-        tokenizer = self.processor.tokenizer
-        ids = [[*one.ids, *(next(own) if one.prompt.answer is None else _given(tokenizer, one))] for one in seen]
+        answers = protocols.answer_ids(self.processor.tokenizer, [one.prompt.answer for one in seen], written)
+        ids = [[*one.ids, *answer] for one, answer in zip(seen, answers, strict=True)]
         return ids, [lengthened(one, len(row)) for one, row in zip(seen, ids, strict=True)], trace
 
     def hashes(self, chosen: Sequence[int]) -> set[str]:
@@ -177,8 +176,3 @@ def _try_out(weights: Weights, seen: Seen, writing: Writing) -> None:
             model.enter([Work(batch, 0, None)])
     finally:
         model.close()
-
-
-def _given(tokenizer: Any, one: Seen) -> list[int]:
-    assert one.prompt.answer is not None, "asked for given answers only"
-    return [*protocols.encode(tokenizer, one.prompt.answer.strip()), *protocols.end_of_turn(tokenizer)]
