@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
 import torch
+
+from halfbyte.runtime.loading.replacement import linears_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -36,6 +39,14 @@ def quantized(model: torch.nn.Module, nested: bool = True, compute: torch.dtype 
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, new)
     return model.eval()
+
+
+def stock_on_gpu(kind: str) -> Any:
+    """A small model in bf16 on the GPU, all of bitsandbytes."""
+    model = copy.deepcopy(stock(kind))
+    for _, linear in linears_of(model):
+        linear.compute_dtype = torch.bfloat16
+    return model.to(torch.bfloat16).to("cuda")
 
 
 @cache

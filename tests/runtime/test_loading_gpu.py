@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runtime.small_models import CLASSES, stock
+from runtime.small_models import CLASSES, stock_on_gpu
 from runtime.stored_weights import draw
 
 from halfbyte.runtime.loading import replacement
@@ -26,14 +25,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def on_gpu(kind: str) -> Any:
-    """A small model in bf16 on the GPU, all of bitsandbytes."""
-    model = copy.deepcopy(stock(kind))
-    for _, linear in replacement.linears_of(model):
-        linear.compute_dtype = torch.bfloat16
-    return model.to(torch.bfloat16).to("cuda")
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model((torch.arange(24).view(2, 12) % 60 + 2).cuda()).logits
@@ -42,7 +33,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_replaced_model_says_what_the_stock_model_says_and_can_be_put_back(kind):
-    model = on_gpu(kind)
+    model = stock_on_gpu(kind)
     expected = logits(model)
     report = replacement.replace(model, Always("test"))
     assert not report.of(THEIRS)
@@ -105,7 +96,7 @@ def test_replacing_needs_the_memory_of_one_group_more():
 
 
 def test_a_stack_in_a_cuda_graph_gives_what_it_gives_outside():
-    model = on_gpu("Llama")
+    model = stock_on_gpu("Llama")
     replacement.replace(model, Always("test"))
     mlp = model.model.layers[0].mlp
     x = torch.randn(2, 3, 64, device="cuda").to(torch.bfloat16)
@@ -121,7 +112,7 @@ def test_a_stack_in_a_cuda_graph_gives_what_it_gives_outside():
 
 
 def test_a_compiled_layer_gives_what_it_gives_uncompiled():
-    model = on_gpu("Llama")
+    model = stock_on_gpu("Llama")
     replacement.replace(model, Always("test"))
     mlp = model.model.layers[0].mlp
     x = torch.randn(1, 3, 64, device="cuda").to(torch.bfloat16)
@@ -131,7 +122,7 @@ def test_a_compiled_layer_gives_what_it_gives_uncompiled():
 
 
 def test_saved_tensors_are_the_stock_models_and_lie_in_host_memory():
-    model = on_gpu("Gemma4")
+    model = stock_on_gpu("Gemma4")
     before = {name: tensor.cpu().view(-1).view(torch.uint8) for name, tensor in model.state_dict().items()}
     replacement.replace(model, Always("test"))
     after = model.state_dict()

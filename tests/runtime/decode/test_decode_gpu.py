@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from runtime.decode.small_decoders import FAMILIES, VOCABULARY, fuse, llama
 from runtime.decode.test_loop import NEW, by_transformers, expanded, gathered, inputs_of
-from runtime.small_models import stock
+from runtime.small_models import stock_on_gpu
 from runtime.stored_weights import drawn
 
 from halfbyte.runtime.decode.loop import Decoder, decode
@@ -89,10 +88,8 @@ def test_many_rows_of_many_lengths_are_answered(nf4_llama, rows):
 @pytest.fixture(scope="module")
 def replaced_llama() -> Any:
     """bitsandbytes' linears, replaced as `halfbyte.load` does it."""
-    model = copy.deepcopy(stock("Llama"))
-    for _, linear in replacement.linears_of(model):
-        linear.compute_dtype = torch.bfloat16
-    replacement.replace(model.to("cuda", torch.bfloat16), Always("test"))
+    model = stock_on_gpu("Llama")
+    replacement.replace(model, Always("test"))
     return model
 
 

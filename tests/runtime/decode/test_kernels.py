@@ -224,7 +224,7 @@ def test_the_other_kernels_compile_for_a_gpu():
     kernel = compiled(norm._add_norm, pointers, constants, ("scalar", "post_eps", "next_eps"), num_warps=16)
     before, after = kernel.asm["ptx"].split("griddepcontrol.wait")  # two weights; x and y
     assert before.count("ld.global") == after.count("ld.global") > 0
-    assert compiled(gate._gated, bf16("gate", "up", "out"), {"which": 1, "block": 1024})
+    assert compiled(gate._gated, bf16("gate", "up", "out"), {"which": 0, "block": 1024})
     buffers = dict.fromkeys(("fed", "chosen", "history", "length", "limit", "counted", "stops"), "*i64") | {
         "done": "*i1"
     }

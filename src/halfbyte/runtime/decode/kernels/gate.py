@@ -18,8 +18,8 @@ try:
 except ImportError:  # Windows, CPU-only builds of torch
     triton = None  # type: ignore[assignment]
 
-#: transformers' names of the activations, and the kernel's numbers for them
-ACTIVATIONS = {"gelu_pytorch_tanh": 1, "silu": 2, "gelu": 3}
+#: transformers' names of the activations that are known here, and the kernel's number for each
+ACTIVATIONS = {"gelu_pytorch_tanh": 0, "silu": 1, "gelu": 2}
 BLOCK = 1024
 
 
@@ -68,9 +68,9 @@ if triton is not None:
         mask = at < width
         g = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
-        if which == 1:
+        if which == 0:
             g = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-        elif which == 2:
+        elif which == 1:
             g = g * tl.sigmoid(g)
         else:
             g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
