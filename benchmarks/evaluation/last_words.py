@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from halfbyte.errors import run_script
 from halfbyte.texts.reading import wikitext_articles
 
 LEAST_LETTERS, LEAST_WORDS, MOST_WORDS = 4, 40, 64
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,24 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loaded import checkpoint_of, equal_to, unit_at
 
-import halfbyte
 from halfbyte.errors import run_script
-from halfbyte.format.checkpoint import read_config
 from halfbyte.records import versions
 from halfbyte.runtime.decode.loop import Decoder
 from halfbyte.runtime.generate import Chat
 from halfbyte.runtime.loading.checkpoint import pick_device
 
 DRAFTS = 7
-
-
-def checkpoint_of(source: Path, scratch: Path) -> Path:
-    """The NF4 checkpoint, written first if `source` is none."""
-    if source.is_dir() and read_config(source).get("quantization_config"):
-        return source
-    halfbyte.quantize(source, scratch / "nf4")
-    return scratch / "nf4"
 
 
 def by_stock(chat: Chat, inputs: Any, count: int, ours: list[int]) -> list[int]:
@@ -77,7 +67,7 @@ def gap_of(chat: Chat, inputs: Any, prefix: list[int], pair: tuple[int, int]) ->
     with torch.inference_mode():
         logits = chat.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
     size = float(logits[list(pair)].abs().max())
-    return float(logits[pair[0]] - logits[pair[1]]), 2.0 ** (math.floor(math.log2(max(size, 1e-9))) - 7)
+    return float(logits[pair[0]] - logits[pair[1]]), unit_at(size)
 
 
 class Asker:
@@ -103,7 +93,7 @@ class Asker:
         c = timed("ours, drafts", lambda: by_loop(decoder, inputs, count, DRAFTS))
         accepted, drafted = decoder.report["accepted"], decoder.report["drafted"]
         a = timed("stock", lambda: by_stock(self.stock, inputs, count, b))
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        same = equal_to(a, b)
         row: dict[str, Any] = {
             "stock": len(a), "ours": len(b), "equal_to": same, "equal": a == b, "drafts_equal": b == c, "accepted": accepted, "drafted": drafted,
             "seconds": seconds,

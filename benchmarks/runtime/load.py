@@ -81,12 +81,13 @@ def wait(device: str) -> None:
 
 
 def auto_class(folder: Path) -> Any:
-    """transformers' class for the checkpoint: with a vision tower or without."""
+    """transformers' class for the checkpoint."""
     import transformers
 
-    config = json.loads((folder / "config.json").read_text())
-    sees = config.get("vision_config") is not None
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    from halfbyte.format.checkpoint import read_config
+    from halfbyte.recipe.skeleton import auto_class_of
+
+    return getattr(transformers, auto_class_of(read_config(folder)))
 
 
 def import_all(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the loaders' benchmarks share: a checkpoint's quantized weights from the file's bytes, and models that are made of it.
+"""What the loaders' benchmarks share: a checkpoint's quantized weights from the file's bytes, models that are made of it, texts compared.
 
 Nothing of halfbyte's runtime stands between file and reference: `expand` is the codec's plain torch on the CPU, `exact_model` transformers' own class
 in float32 with those weights in plain linears. It needs torch, transformers, bitsandbytes and no numba, so it runs in another engine's environment.
@@ -6,7 +6,8 @@ in float32 with those weights in plain linears. It needs torch, transformers, bi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def count_packed(model: Any, names: Iterable[str]) -> int:
     """Linears that bitsandbytes has rewritten for the CPU."""
     states = (model.get_submodule(name).weight.quant_state for name in names)
     return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states)
+
+
+def checkpoint_of(source: Path, scratch: Path, **how: Any) -> Path:
+    """The NF4 checkpoint itself, or one that is written first; how: what `halfbyte.quantize` takes."""
+    if source.is_dir() and read_config(source).get("quantization_config"):
+        return source
+    import halfbyte
+
+    halfbyte.quantize(source, scratch / "nf4", **how)
+    return scratch / "nf4"
+
+
+def equal_to(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def unit_at(size: float) -> float:
+    """The unit of bf16's last place at a number of this size."""
+    return 2.0 ** (math.floor(math.log2(max(size, 1e-9))) - 7)
 
 
 def scales_of(stored: StoredWeight) -> torch.Tensor:

@@ -42,7 +42,9 @@ from loaded import (
     PROMPTS,
     TIE,
     Checkpoint,
+    checkpoint_of,
     count_packed,
+    equal_to,
     exact_model,
     expand,
     load_plain,
@@ -54,9 +56,7 @@ from loaded import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from runtime.stored_weights import dense
 
-import halfbyte
 from halfbyte.errors import run_script
-from halfbyte.format.checkpoint import read_config
 from halfbyte.format.shards import hash_file
 from halfbyte.records import digest, versions
 from halfbyte.runtime.generate import Chat
@@ -82,20 +82,6 @@ class Reader:
 
     name: str
     model: Any
-
-
-def checkpoint_of(options: argparse.Namespace, scratch: Path) -> Path:
-    """The NF4 checkpoint, written first by gptq if it is a source."""
-    source: Path = options.checkpoint
-    if source.is_dir() and read_config(source).get("quantization_config"):
-        return source
-    start = time.perf_counter()
-    halfbyte.quantize(
-        source, scratch / "nf4", method="gptq", calibration="builtin", calibration_tokens=options.calibration_tokens,
-        blocksize=options.blocksize, device=options.device,
-    )  # fmt: skip
-    print(f"gptq, block {options.blocksize}, {options.calibration_tokens} tokens: {time.perf_counter() - start:.1f} s")
-    return scratch / "nf4"
 
 
 def by_bitsandbytes(linear: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -230,7 +216,7 @@ def compare_texts(chat: Chat, readers: list[Reader], exact: Any, count: int) -> 
     for prompt in PROMPTS:
         inputs = chat.inputs(prompt, ())
         a, b = (greedy_of(reader, inputs, count) for reader in (stock, ours))
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        same = equal_to(a, b)
         row: dict[str, Any] = {"prompt": prompt, "stock": len(a), "ours": len(b), "equal_to": same, "equal": a == b}
         if same < min(len(a), len(b)):
             for reader in (stock, ours, Reader("exact", exact)):
@@ -284,7 +270,12 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], dic
     """What is printed, and the rows behind it."""
     seconds: dict[str, float] = {}
     with spent(seconds, "quantize"):
-        folder = checkpoint_of(options, scratch)
+        folder = checkpoint_of(
+            options.checkpoint, scratch, method="gptq", calibration="builtin", calibration_tokens=options.calibration_tokens,
+            blocksize=options.blocksize, device=options.device,
+        )  # fmt: skip
+    if folder != options.checkpoint:
+        print(f"gptq, block {options.blocksize}, {options.calibration_tokens} tokens: {seconds['quantize']} s")
     with spent(seconds, "load"):
         checkpoint = read_checkpoint(folder)
         stock, loading = load_stock(folder, options.device)

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,9 @@ SETTINGS = {
 os.environ.update(SETTINGS)
 
 import torch  # noqa: E402
-from loaded import PROMPTS, TIE, Checkpoint, exact_model, expand, read_checkpoint, scales_of  # noqa: E402
+from loaded import PROMPTS, TIE, Checkpoint, exact_model, expand, read_checkpoint, scales_of, unit_at  # noqa: E402
+
+from halfbyte.errors import run_script  # noqa: E402
 
 #: members of vLLM's stacked parameters, in its order
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -78,10 +78,7 @@ def judge(exact: Any, prompt: list[int], answer: list[int]) -> dict[str, Any]:
         logits = exact(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     own = logits[torch.arange(len(answer)), torch.tensor(answer)]
     best = logits.max(-1).values
-    units = [
-        float(gap) / 2.0 ** (math.floor(math.log2(float(size))) - 7)
-        for gap, size in zip(best - own, best.abs().clamp(min=1e-9), strict=True)
-    ]
+    units = [float(gap) / unit_at(float(size)) for gap, size in zip(best - own, best.abs(), strict=True)]
     return {"tokens": len(answer), "first_choices": int((best == own).sum()), "most_units": round(max(units), 2)}
 
 
@@ -122,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

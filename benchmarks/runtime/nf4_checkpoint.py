@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,9 @@ import torch
 from gemma4_shapes import text_sizes
 
 import halfbyte
+from halfbyte.format.hf_config import config_json
+from halfbyte.format.nf4_layout import quant_state_json
+from halfbyte.format.shards import Shard, beginning, index_json, outputs_of, plan_shards
 
 SHARD_BYTES = 5 * 10**9
 POOL_BYTES = 1 << 26
@@ -34,10 +35,7 @@ VISION: dict[str, Any] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 27,
     "head_dim": 72, "global_head_dim": 72, "position_embedding_size": 10240, "max_position_embeddings": 131072, "default_output_length": 280,
 }  # fmt: skip
-SIZES = {"U8": 1, "BF16": 2, "F32": 4}
-
-#: name, safetensors dtype, shape
-Entry = tuple[str, str, tuple[int, ...]]
+NESTED_OFFSET = 0.25
 
 
 def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
@@ -62,15 +60,14 @@ def plan_of(config: dict[str, Any]) -> Any:
 
 def planned_bytes(config: dict[str, Any]) -> int:
     """Bytes of tensor data that `write_checkpoint` would write."""
-    return sum(_nbytes(entry) for decision in plan_of(config).decisions for entry in _entries(decision))
+    return _data_bytes(_shards(plan_of(config), SHARD_BYTES))
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: int = SHARD_BYTES) -> int:
     """Write it unless it is there; returns bytes of tensor data."""
     plan = plan_of(config)
-    shards = list(_shards(plan.decisions, shard_bytes))
-    total = sum(_nbytes(entry) for shard in shards for entry in shard)
-    text = json.dumps(config | {"quantization_config": _quantization(plan.skip_modules)}, indent=2) + "\n"
+    shards = _shards(plan, shard_bytes)
+    total, text = _data_bytes(shards), config_json(config, plan.skip_modules)
     done = folder / "config.json"
     if done.is_file() and done.read_text() == text:
         return total
@@ -78,70 +75,27 @@ def write_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: int = SH
     done.unlink(missing_ok=True)
     for old in folder.glob("*.safetensors"):
         old.unlink()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     pools = _pools()
     with ThreadPoolExecutor(4) as threads:
-        for work in [threads.submit(_write_shard, folder / name, shard, pools) for name, shard in zip(names, shards, strict=True)]:  # fmt: skip
+        for work in [threads.submit(_write_shard, folder / shard.file, shard, states, pools) for shard, states in shards.items()]:  # fmt: skip
             work.result()
-    places = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
-    )
+    (folder / "model.safetensors.index.json").write_text(index_json(list(shards), total))
     done.write_text(text)
     return total
 
 
-def _quantization(skip_modules: list[str]) -> dict[str, Any]:
+def _shards(plan: Any, most: int) -> dict[Shard, dict[str, bytes]]:
+    """The files as `halfbyte quantize` lays them out, each with the JSON of its quant states."""
+    made = {d.name: (d.shape, d.blocksize or BLOCKSIZE) for d in plan.decisions}
+    groups = [outputs_of(d.name, d.dtype, d.shape, d.action, d.blocksize or BLOCKSIZE) for d in plan.decisions]
     return {
-        "_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": skip_modules, "llm_int8_threshold": 6.0, "load_in_4bit": True,
-        "load_in_8bit": False, "quant_method": "bitsandbytes",
-    }  # fmt: skip
+        shard: {t.name: quant_state_json(*made[t.owner], NESTED_OFFSET) for t in shard.quant_states}
+        for shard in plan_shards(groups, most)
+    }
 
 
-def _state(shape: tuple[int, ...], blocksize: int) -> bytes:
-    """The quant state (docs/format.md, F15)."""
-    body = {
-        "quant_type": "nf4", "blocksize": blocksize, "dtype": "bfloat16", "shape": list(shape), "nested_blocksize": 256,
-        "nested_dtype": "float32", "nested_offset": 0.25,
-    }  # fmt: skip
-    return json.dumps(body).encode()
-
-
-def _entries(decision: Any) -> list[Entry]:
-    """What one tensor of the source becomes (docs/format.md, section 3)."""
-    name, shape = decision.name, tuple(decision.shape)
-    if decision.action == "keep":
-        return [(name, decision.dtype, shape)]
-    blocks = -(-prod(shape) // (decision.blocksize or BLOCKSIZE))
-    return [
-        (name, "U8", (-(-prod(shape) // 2), 1)), (f"{name}.absmax", "U8", (blocks,)), (f"{name}.quant_map", "F32", (16,)),
-        (f"{name}.nested_absmax", "F32", (-(-blocks // 256),)), (f"{name}.nested_quant_map", "F32", (256,)),
-        (f"{name}.quant_state.bitsandbytes__nf4", "U8", (len(_state(shape, decision.blocksize or BLOCKSIZE)),)),
-    ]  # fmt: skip
-
-
-def _shards(decisions: list[Any], most: int) -> Iterator[dict[Entry, bytes | None]]:
-    """Entries of each file, with the bytes of those that are not random; a weight and its components stay together."""
-    shard: dict[Entry, bytes | None] = {}
-    size = 0
-    for decision in decisions:
-        group: dict[Entry, bytes | None] = dict.fromkeys(_entries(decision))
-        for entry in group:
-            if entry[0].endswith(".quant_state.bitsandbytes__nf4"):
-                group[entry] = _state(tuple(decision.shape), decision.blocksize or BLOCKSIZE)
-        added = sum(map(_nbytes, group))
-        if shard and size + added > most:
-            yield shard
-            shard, size = {}, 0
-        shard |= group
-        size += added
-    yield shard
-
-
-def _nbytes(entry: Entry) -> int:
-    return prod(entry[2]) * SIZES[entry[1]]
+def _data_bytes(shards: dict[Shard, dict[str, bytes]]) -> int:
+    return sum(shard.fixed_bytes + sum(map(len, states.values())) for shard, states in shards.items())
 
 
 def _pools() -> dict[str, bytes]:
@@ -162,23 +116,14 @@ def _pools() -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def _write_shard(path: Path, shard: dict[Entry, bytes | None], pools: dict[str, bytes]) -> None:
-    """Header, then the data, widest types first so that all is aligned."""
-    ordered = sorted(shard, key=lambda entry: -SIZES[entry[1]])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in ordered:
-        header[entry[0]] = {"dtype": entry[1], "shape": list(entry[2]), "data_offsets": [position, position + _nbytes(entry)]}  # fmt: skip
-        position += _nbytes(entry)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+def _write_shard(path: Path, shard: Shard, states: dict[str, bytes], pools: dict[str, bytes]) -> None:
     with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for number, entry in enumerate(ordered):
-            fixed = shard[entry] or pools.get(entry[0].rpartition(".")[2])
-            _write_all(
-                file, fixed if fixed is not None else pools[entry[1]], _nbytes(entry), 0 if fixed else 4096 * number
-            )
+        file.write(beginning(shard, {name: len(state) for name, state in states.items()}))
+        for number, tensor in enumerate(shard.tensors):
+            fixed = pools.get(tensor.name.rpartition(".")[2])
+            pool, start = (pools[tensor.dtype], 4096 * number) if fixed is None else (fixed, 0)
+            _write_all(file, pool, tensor.nbytes, start)
+        file.write(b"".join(states.values()))
 
 
 def _write_all(file: Any, pool: bytes, size: int, start: int) -> None:

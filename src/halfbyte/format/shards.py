@@ -140,6 +140,14 @@ def _header(
     return body
 
 
+def beginning(shard: Shard, lengths: Mapping[str, int]) -> bytes:
+    """What stands before a shard's data: N and the padded header. lengths: bytes of each quant_state's JSON"""
+    header = json.dumps(_header(shard.tensors, shard.quant_states, shard.fixed_bytes, lengths), separators=(",", ":"))
+    padded = header.encode().ljust(shard.header_bytes)
+    assert len(padded) == shard.header_bytes, "header outgrew its reserve"
+    return len(padded).to_bytes(8, "little") + padded
+
+
 class ShardFile:
     """A shard being written under a temporary name; `finish` gives it its final one. Safe for several writing threads.
 
@@ -180,16 +188,11 @@ class ShardFile:
         quant_states  JSON per quant_state tensor name; every tensor of the shard must have been written
         """
         shard = self.shard
-        lengths = {t.name: len(quant_states[t.name]) for t in shard.quant_states}
-        header = json.dumps(
-            _header(shard.tensors, shard.quant_states, shard.fixed_bytes, lengths), separators=(",", ":")
-        )
-        padded = header.encode().ljust(shard.header_bytes)
-        assert len(padded) == shard.header_bytes, "header outgrew its reserve"
+        start = beginning(shard, {t.name: len(quant_states[t.name]) for t in shard.quant_states})
         blobs = b"".join(quant_states[t.name] for t in shard.quant_states)
-        base = 8 + shard.header_bytes
+        base = len(start)
         try:
-            os.pwrite(self._descriptor, len(padded).to_bytes(8, "little") + padded, 0)
+            os.pwrite(self._descriptor, start, 0)
             os.pwrite(self._descriptor, blobs, base + shard.fixed_bytes)
             os.ftruncate(self._descriptor, base + shard.fixed_bytes + len(blobs))
             os.fsync(self._descriptor)
