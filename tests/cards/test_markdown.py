@@ -12,7 +12,7 @@ from halfbyte.cards.markdown import Markdown, code, fence, finish, gigabytes, jo
 HOSTILE = [
     "a | b", "`x`", "``` x", "*bold* _it_", "[l](javascript:alert(1))", "![i](x)", "<script>alert(1)</script>", "&lt;b&gt;",
     "# title", "- item", "1. item", "2) x", "> q", "---", "===", "~~~", "a\n\n# b", "\\", "\\|", "a\\", "$x$", "<!-- c -->",
-    "https://evil.example/x", "\u202egnp.exe", "\x00\x1b[31m", "| a |\n|---|", "+ x", "a\u2028b", "\U0001f600", "<http://x.y>",
+    "https://evil.example/x", "\u202egnp.exe", "\x00\x1b[31m", "| a |\n|---|", "+ x", "a\u2028b", "\U0001f600", "<http://x.y>", "\ufffe", "\ufdd0", "\U0010ffff",
 ]  # fmt: skip
 ANY_TEXT = st.one_of(
     st.sampled_from(HOSTILE), st.text(alphabet="`*_|\\[]()<>&#-+=~!$.1 aé\n\t\r\x00\u202e", max_size=24), st.text()
@@ -40,6 +40,8 @@ def test_text_is_read_back_as_written_and_is_no_markup(value: str) -> None:
 
 
 @given(ANY_TEXT, ANY_TEXT)
+@example("a | b", "\ufffe")
+@example("a", "\ufdd0 \U0010ffff")
 def test_a_cell_cannot_leave_its_cell(first: str, second: str) -> None:
     tokens = PARSER.parse(table(["one", "two:"], [(first, code(second))]))
     cells = [tokens[i + 1].children for i, t in enumerate(tokens) if t.type == "td_open"]

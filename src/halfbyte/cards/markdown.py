@@ -39,7 +39,7 @@ class Markdown(str):
 
 
 def visible(text: str) -> str:
-    """`text` with control and direction-changing characters spelled out as [U+XXXX]; tab and newline stay.
+    """`text` with control, direction-changing and never-assigned characters spelled out as [U+XXXX]; tab and newline stay.
 
     They print nothing or reorder what is printed, so a reader would not see what a name or an answer really says.
     """
@@ -52,7 +52,9 @@ def _hidden(character: str) -> bool:
     bidirectional = (
         "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069" or character in "\u200e\u200f"
     )
-    return bidirectional or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    # no character by definition; a parser reads its entity as U+FFFD
+    never = "\ufdd0" <= character <= "\ufdef" or ord(character) & 0xFFFE == 0xFFFE
+    return bidirectional or never or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def text(value: Any) -> Markdown:
